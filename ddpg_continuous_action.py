@@ -1,37 +1,26 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "psutil==7.2.2",
-#     "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "moviepy==2.2.1"]
 # ///
-"""Deep Deterministic Policy Gradient (Lillicrap et al. 2016, arXiv 1509.02971), the tuned baseline.
+"""Deep Deterministic Policy Gradient (DDPG; Lillicrap et al. 2016, arXiv 1509.02971): the tuned baseline.
 
     python ddpg_continuous_action.py --env-id Hopper-v5 --seed 3
 
-Algorithm 1 of the paper, with the settings that later work found to do better on MuJoCo locomotion: two hidden layers
-of 256, the action at the critic's first layer, Adam at 3e-4 for both networks and no weight decay, batches of 256, tau
-0.005, 25,000 uniformly random steps before learning, and Gaussian instead of Ornstein-Uhlenbeck exploration noise. No
-batch normalisation. The paper's own settings are in ddpg_paper_faithful.py, and from pixels too.
+This is the paper's Algorithm 1 with the settings that later work found to do better on MuJoCo locomotion: two hidden
+layers of 256, the action at the critic's first layer, no batch normalisation, Adam at 3e-4 for both networks without
+weight decay, batches of 256, tau 0.005, 25,000 uniformly random steps first, and Gaussian instead of
+Ornstein-Uhlenbeck exploration noise. The paper's own settings are next door, in ddpg_paper_faithful.py.
 """
 
-import contextlib
 import copy
-import csv
 import functools
-import io
 import json
 import math
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +29,6 @@ import time
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,32 +46,22 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them back more often would cost time
+LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
+CHECKPOINT_FORMAT = 1  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
-CHECKPOINT_FORMAT = 1  # raised when a checkpoint's contents change: older ones are refused
 
 
 def parse_int(text: str) -> int:
     """An integer as people type it: 1000000, 1_000_000 or 1e6, but not 1.5."""
-    try:
-        return int(text)
-    except ValueError:
-        value = float(text)
-        if not value.is_integer():
-            raise ValueError(f"{text} is not an integer") from None
-        return int(value)
+    if not float(text).is_integer():
+        raise ValueError(f"{text} is not an integer")
+    return int(float(text))
 
 
-Int = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda args: parse_int(args[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
+as_typed = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", lambda args: parse_int(args[0]), lambda value: isinstance(value, int), lambda value: [str(value)]
+)
+Int = Annotated[int, as_typed]
 
 
 @dataclass
@@ -92,21 +70,21 @@ class Args:
     exp_name: str = SCRIPT
     """name of the experiment, a part of the run's name"""
     run_name: str | None = None
-    """folder of this run under runs/; by default {env_id}__{exp_name}__{seed}__{unix time}"""
+    """folder of this run in runs/; by default {env_id}__{exp_name}__{seed}__{unix time}"""
     seed: Int = 1
-    """seeds the networks, the environment, the exploration and the sampling of batches"""
+    """seed of the networks, the environment, the exploration and the sampling of batches"""
     torch_deterministic: bool = True
-    """let cuDNN choose only deterministic algorithms"""
+    """let cuDNN use deterministic algorithms only"""
     cuda: bool = True
     """train on the GPU if there is one"""
-    num_threads: Int = 0
-    """CPU threads that torch uses; 0 leaves torch's own choice (for many runs on one machine: 1 each)"""
     cudagraphs: bool = False
-    """on a GPU: replay acting and the whole update as CUDA graphs, with the same numbers as without"""
+    """on a GPU, replay acting and the whole update as CUDA graphs: the same numbers, sooner"""
     compile: bool = False
-    """on a GPU: torch.compile acting and the update (numbers agree up to rounding), alone or with --cudagraphs"""
+    """on a GPU, torch.compile acting and the update, alone or under --cudagraphs: the same numbers up to rounding"""
+    num_threads: Int = 0
+    """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     track: bool = False
-    """mirror the TensorBoard log to Weights & Biases (pip install wandb)"""
+    """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
     """Weights & Biases project"""
     wandb_entity: str | None = None
@@ -114,43 +92,43 @@ class Args:
     save_model: bool = True
     """write model.pt at each evaluation and at the end"""
     checkpoint_interval: Int = 50_000
-    """steps between checkpoints, each written at the next end of an episode; 0 = none"""
+    """steps between checkpoints, each written when the episode under way has ended; 0 = none"""
     keep_checkpoint: bool = False
-    """keep checkpoint.pt of a finished run, so that --resume can extend it"""
+    """keep the last checkpoint of a finished run, for --resume to extend it"""
     resume: str | None = None
-    """folder of a broken-off run: go on from its checkpoint with its own flags; only --total-timesteps may be raised"""
+    """folder of a broken-off run, to go on with under its own flags; only --total-timesteps may be raised"""
 
     # Evaluation
     eval_interval: Int = 5_000
-    """steps between evaluations without exploration noise; 0 = none"""
+    """steps between evaluations, which are without exploration noise; 0 = none"""
     eval_episodes: Int = 10
-    """episodes of one evaluation, each in an environment of its own, all stepped together"""
+    """episodes of one evaluation"""
     capture_video: bool = False
-    """film the first episode of each evaluation into videos/ (with --evaluate, every episode)"""
+    """film the first episode of each evaluation, with --evaluate every episode, into the run's videos/"""
     evaluate: str | None = None
-    """folder of a run: evaluate its model over --eval-episodes episodes instead of training"""
+    """folder of a run, to evaluate its model instead of training"""
 
     # Algorithm
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with a flat Box observation and a bounded Box action; module:EnvId imports module first"""
     total_timesteps: Int = 1_000_000
-    """environment steps of the whole run"""
+    """environment steps of the run"""
     learning_rate: float = 3e-4
     """Adam's learning rate, for the actor and the critic"""
     buffer_size: Int = 1_000_000
-    """transitions in the replay buffer (paper: 1e6)"""
+    """transitions that the replay buffer holds (paper, section 7: 1e6)"""
     gamma: float = 0.99
-    """discount factor (paper: 0.99)"""
+    """discount factor (paper, section 7: 0.99)"""
     tau: float = 0.005
-    """fraction of the way that the targets move towards the networks in an update (paper: 0.001)"""
+    """part of the way that the targets go towards the networks in an update (paper, section 7: 0.001)"""
     batch_size: Int = 256
-    """transitions in a batch (paper: 64)"""
+    """transitions in a batch (paper, section 7: 64)"""
     exploration_noise: float = 0.1
-    """standard deviation of the Gaussian exploration noise, in units of half the action range"""
+    """standard deviation of the Gaussian exploration noise, in halves of the action range"""
     learning_starts: Int = 25_000
-    """steps of uniformly random actions before learning starts (paper: silent)"""
+    """steps of uniformly random actions before learning starts (the paper is silent)"""
     policy_frequency: Int = 1
-    """update the actor and both targets every so many critic updates (paper: 1; CleanRL and TD3: 2)"""
+    """critic updates to one update of the actor and the targets (paper, Algorithm 1: 1; CleanRL and TD3: 2)"""
 
 
 class QNetwork(nn.Module):
@@ -166,7 +144,7 @@ class QNetwork(nn.Module):
         x = torch.cat([obs, action], 1)
         x = F.relu(self.fc1(x), inplace=True)  # in place: 2 % of an update on a CPU
         x = F.relu(self.fc2(x), inplace=True)
-        return self.fc3(x).squeeze(1)  # (N,): with (N, 1), y - q would broadcast to (N, N)
+        return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
 
 
 class Actor(nn.Module):
@@ -177,8 +155,8 @@ class Actor(nn.Module):
         self.fc1 = nn.Linear(obs_dim, 256)
         self.fc2 = nn.Linear(256, 256)
         self.fc_mu = nn.Linear(256, len(low))
-        self.register_buffer("action_low", low.clone())
-        self.register_buffer("action_high", high.clone())
+        self.register_buffer("action_low", low)
+        self.register_buffer("action_high", high)
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
@@ -188,7 +166,7 @@ class Actor(nn.Module):
         return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
 
     def clip(self, action):
-        """Actions within the bounds: noise takes them out, and so does the rounding of scale and bias."""
+        """Noise takes actions out of the bounds, and so, by a hair, does the rounding of scale and bias."""
         return action.clamp(self.action_low, self.action_high)
 
 
@@ -197,27 +175,23 @@ class Batch(NamedTuple):
     action: torch.Tensor  # (N, action_dim)
     reward: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, obs_dim)
-    terminated: torch.Tensor  # (N,), 1 where the episode ended by itself: a time limit is not an end
+    terminated: torch.Tensor  # (N,), 1 after a terminal state; a time limit is not one
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions on the training device, each one float32 row, so that a batch is one gather."""
+    """The last `capacity` transitions on the training device, one float32 row each: a batch is a single gather."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)
         self.row = torch.empty(sum(self.sizes), pin_memory=device.type == "cuda")  # pinned: copied without waiting
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
-        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph can read it
-
-    @staticmethod
-    def nbytes(capacity: int, obs_dim: int, action_dim: int) -> int:
-        return 4 * capacity * (2 * obs_dim + action_dim + 2)
 
     def add(self, obs, action, reward, next_obs, terminated):
         if self.copied:
-            self.copied.synchronize()  # the last row has left for the device, long ago
+            self.copied.synchronize()  # the row before has left; it hardly ever has to wait
         self.row.numpy()[:] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
         self.rows[self.added % len(self.rows)].copy_(self.row, non_blocking=True)
         if self.copied:
@@ -233,7 +207,7 @@ class ReplayBuffer:
 
     def state_dict(self):
         filled = self.rows[: min(self.added, len(self.rows))].cpu().numpy()
-        return {"added": self.added, "rows": torch.from_numpy(filled)}  # by way of numpy: a view would save all rows
+        return {"added": self.added, "rows": torch.from_numpy(filled)}  # torch.save would write all rows behind a view
 
     def load_state_dict(self, state):
         self.added = state["added"]
@@ -241,31 +215,41 @@ class ReplayBuffer:
         self.size.fill_(len(state["rows"]))
 
 
+class GaussianNoise:
+    """Exploration noise: normal, independent from step to step; `std` has shape (action_dim,)."""
+
+    def __init__(self, std: torch.Tensor):
+        self.std = std
+
+    def sample(self):
+        return self.std * torch.randn_like(self.std)
+
+
 @torch.no_grad()
-def explore(actor, obs, noise_std):
-    """The greedy action mu(s) and the explored one, mu(s) + N(0, noise_std^2) clipped, as rows: (2, action_dim)."""
+def explore(actor, obs, noise):
+    """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
     greedy = actor(obs)
-    return torch.cat([greedy, actor.clip(greedy + noise_std * torch.randn_like(greedy))])
+    return torch.cat([greedy, actor.clip(greedy + noise.sample())])
 
 
 def critic_loss(qf, target_actor, target_qf, batch, gamma):
-    """Mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
+    """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
     with torch.no_grad():
         next_q = target_qf(batch.next_obs, target_actor(batch.next_obs))
-        y = batch.reward + gamma * (1 - batch.terminated) * next_q  # equation 5; no value after a terminal state
+        y = batch.reward + gamma * (1 - batch.terminated) * next_q  # equation 5, but no value after a terminal state
     q = qf(batch.obs, batch.action)
     return F.mse_loss(q, y), q
 
 
 def actor_loss(actor, qf, obs):
-    """Minus the mean of Q(s, mu(s)): its gradient in the actor's weights is minus the one of equation 6."""
+    """Minus the mean of Q(s, mu(s)): descending it ascends the sampled policy gradient, equation 6."""
     return -qf(obs, actor(obs)).mean()
 
 
 def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
     """One update of Algorithm 1: the critic, then the actor, then both targets.
 
-    Returns what is logged, as tensors: nothing here waits for the device. The gradients stay in the parameters.
+    Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
     """
     qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
     qf_optimizer.zero_grad()
@@ -275,270 +259,210 @@ def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, ba
     if update_actor:
         mu_loss = actor_loss(actor, qf, batch.obs)
         actor_optimizer.zero_grad()
-        mu_loss.backward(inputs=list(actor.parameters()))  # and no gradient for the critic's weights
+        mu_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's weights
         actor_optimizer.step()
         losses["losses/actor_loss"] = mu_loss.detach()
         with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
             targets = [*target_actor.parameters(), *target_qf.parameters()]
             torch._foreach_lerp_(targets, [*actor.parameters(), *qf.parameters()], tau)
-    return losses, batch
+    return losses
 
 
 @torch.no_grad()
 def evaluate(actor, qf, envs, seed, gamma):
     """One episode without exploration noise in each environment, all stepped together.
 
-    Environment i starts from seed + i, so that every evaluation of a run meets the same starts. The rows of finished
-    episodes stay in the batch: its shape, and with it the rounding of the others, never changes. Returns, for each
-    episode, its return, its discounted return, and the critic's estimate of that at the start: three arrays (N,).
+    Every evaluation of a run meets the same starts, and no other run does. Finished episodes keep their rows in the
+    batch: its shape, and with it the rounding of the others' actions, stays the same. Returns three arrays (N,): the
+    return, the discounted return, and what the critic made of that at the start.
     """
-    device = actor.action_low.device
-    host_obs = torch.from_numpy(np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])).float()
-    returns, discounted, running, step = np.zeros(len(envs)), np.zeros(len(envs)), set(range(len(envs))), 0
+    starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
+    obs = torch.tensor(np.array(starts), dtype=torch.float32)
+    returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
     while running:
-        obs = host_obs.to(device)
-        actions = actor.clip(actor(obs))
+        device_obs = obs.to(actor.action_low.device)
+        action = actor.clip(actor(device_obs))
         if step == 0:
-            q_estimates = qf(obs, actions).cpu().numpy()
-        actions = actions.cpu().numpy()
+            q_estimates = qf(device_obs, action).cpu().numpy()
+        actions = action.cpu().numpy()
         for i in sorted(running):
             next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
-            host_obs[i] = torch.from_numpy(next_obs)
+            obs[i] = torch.as_tensor(next_obs)
             returns[i] += reward
             discounted[i] += gamma**step * reward
             if terminated or truncated:
                 running.remove(i)
         step += 1
-    for env in envs:
-        if isinstance(env, gym.wrappers.RecordVideo):
-            env.stop_recording()
     return returns, discounted, q_estimates
 
 
 def require(condition, message):
-    """Bad input: one line, exit code 2. Called before anything is written."""
+    """Bad input: one line and exit code 2, before anything is written."""
     if not condition:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def check_args(args: Args):
-    for name in ("total_timesteps", "learning_rate", "buffer_size", "batch_size", "policy_frequency", "eval_episodes"):
-        value = getattr(args, name)
-        require(0 < value < float("inf"), f"--{name.replace('_', '-')} must be positive and finite, not {value}")
-    for name in ("seed", "num_threads", "eval_interval", "checkpoint_interval", "learning_starts", "exploration_noise"):
-        value = getattr(args, name)
-        require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must be 0 or more, and finite, not {value}")
-    require(0 <= args.gamma <= 1, f"--gamma must lie in [0, 1], not {args.gamma}")
-    require(0 < args.tau <= 1, f"--tau must lie in (0, 1], not {args.tau}")
-    require(args.buffer_size >= args.batch_size, "--buffer-size must hold at least one batch (--batch-size)")
-    require(
-        args.learning_starts < args.total_timesteps,
-        "learning would never start: --learning-starts is not below --total-timesteps",
-    )
-    on_gpu = args.cuda and torch.cuda.is_available()
-    require(on_gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
-    require(find_spec("wandb") or not args.track, "--track needs Weights & Biases: pip install wandb")
+    at_least_1 = "total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes"
+    at_least_0 = "seed", "num_threads", "eval_interval", "checkpoint_interval", "learning_starts", "exploration_noise"
+    for least, names in (1, at_least_1), (0, at_least_0):
+        for name in names:
+            value = getattr(args, name)
+            require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    require(0 < args.learning_rate < math.inf, f"--learning-rate must be positive, not {args.learning_rate}")
+    require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
+    require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
+    require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
+    require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
+    gpu = args.cuda and torch.cuda.is_available()
+    require(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
+    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
     try:
-        env = gym.make(env_id, render_mode=render_mode)
+        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
     except (gym.error.Error, ModuleNotFoundError) as error:
-        require(False, error)  # gymnasium names the near matches
+        require(False, error)  # Gymnasium names the near matches
     obs, action = env.observation_space, env.action_space
-    require(isinstance(action, gym.spaces.Box), f"{env_id} has no continuous (Box) action space but {action}")
-    require(action.is_bounded(), f"{env_id} has an unbounded action space: {action}")
-    require(isinstance(obs, gym.spaces.Box), f"{env_id} has no Box observation space but {obs}")
-    require(len(obs.shape) != 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, not {obs.shape} and {action.shape}")
-    return env
+    require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
+    require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
+    require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
+    require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
+    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
-    """One environment an episode; those that are filmed render and record."""
     filmed = args.capture_video * (args.eval_episodes if args.evaluate else 1)
-    envs = [make_env(args.env_id, "rgb_array" if i < filmed else None) for i in range(args.eval_episodes)]
-    for i in range(filmed):
-        envs[i] = gym.wrappers.RecordVideo(envs[i], str(run_dir / "videos"), episode_trigger=lambda _: True)
-    return envs
+    return [make_env(args.env_id, run_dir / "videos" if i < filmed else None) for i in range(args.eval_episodes)]
 
 
-def eval_seed(seed: int) -> int:
-    """Seed of the first evaluation episode, far from the training seeds and from those of other runs."""
-    return 10_000 * (seed + 1)
-
-
-def saved_args(args: Args) -> Args:
-    """The flags of the run that --resume or --evaluate names, with those of this command line over them."""
-    run_dir = Path(args.resume or args.evaluate)
+def save(path: Path, contents) -> bool:
+    """Write text, or with torch.save anything else; at every instant the old or the new file lies there whole."""
+    temporary = Path(f"{path}.tmp")
     try:
-        saved = Args(**json.loads((run_dir / "args.json").read_text())["args"])
-    except (OSError, ValueError, TypeError, KeyError):
-        require(False, f"{run_dir} holds no run of {Path(__file__).name}: its args.json is missing or foreign")
-    args = tyro.cli(Args, default=saved)
-    for name, value in asdict(saved).items():
-        if args.resume and name not in ("resume", "total_timesteps"):
-            asked = getattr(args, name)
-            require(asked == value, f"--resume goes on with the run's own flags: {name} is {value} there, not {asked}")
-    require(not args.resume or args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
-    return args
+        with open(temporary, "wb") as file:
+            file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
+        tqdm.write(f"warning: cannot write {path}: {error}", file=sys.stderr)
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load_file(path: Path, device, **expected):
-    """What torch.save wrote, if every byte is intact and it has the `expected` items; else one line and exit code 2."""
+def load(path: Path, device, **expected) -> dict:
+    """What torch.save wrote, if every byte is intact and it holds the expected items; else one line, exit code 2."""
     try:
-        require(zipfile.ZipFile(path).testzip() is None, f"{path} is corrupt")
         contents = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken file makes zipfile or torch raise
-        require(False, f"{path} cannot be read: {error}".splitlines()[0])
+        intact = zipfile.ZipFile(path).testzip() is None
+    except Exception as error:  # torch and zipfile raise many kinds on a broken file
+        require(False, f"cannot read {path}: {error}".splitlines()[0])
+    require(intact, f"{path} is corrupt")
     for key, value in expected.items():
         found = contents.get(key) if isinstance(contents, dict) else None
-        require(found == value, f"{path} is of another kind: its {key} is {found}, not {value}")
+        require(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
     return contents
 
 
-def write_file(path: Path, write) -> bool:
-    """Write a file so that the old or the new one lies there whole at every instant; False, and a line, if it fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return True
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: cannot write {path}, going on without it: {error}", file=sys.stderr)
-        return False
-
-
 class Log(SummaryWriter):
-    """TensorBoard events. When they can't be written any more it says so, once, and training goes on."""
+    """TensorBoard's log. When it can't be written any more it says so, once, and training goes on."""
 
     failed = False
 
-    def __init__(self, log_dir: Path):
-        threading.excepthook = lambda _: None  # the writer thread's error comes back at the next call
-        super().__init__(str(log_dir))
-
-    def add(self, scalars: dict, global_step: int):
+    def attempt(self, call, *args):
         try:
-            for tag, value in scalars.items():
-                if not self.failed:
-                    self.add_scalar(tag, value, global_step)
+            if not self.failed:
+                call(*args)
         except OSError as error:
             self.failed = True
-            tqdm.write(f"warning: TensorBoard's log ends at step {global_step}: {error}", file=sys.stderr)
+            tqdm.write(f"warning: TensorBoard's log ends here: {error}", file=sys.stderr)
 
-    def flush(self):
-        with contextlib.suppress(OSError):
-            super().flush()
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-def write_json(path: Path, contents: dict) -> bool:
-    return write_file(path, lambda file: file.write(json.dumps(contents, indent=2).encode()))
-
-
-def write_eval_csv(path: Path, rows: list[dict]) -> bool:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["global_step", "mean", "std", "min", "max", "episodes"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_file(path, lambda file: file.write(text.getvalue().encode()))
+    def add(self, scalars: dict, global_step: int):
+        for tag, value in scalars.items():
+            self.attempt(self.add_scalar, tag, value, global_step)
 
 
 def provenance(args: Args, device) -> dict:
     """Every flag, the code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
+    versions["python"] = platform.python_version()
+    return {"args": asdict(args), "commit": commit, "versions": versions, "hardware": hardware}
+
+
+def saved_args(run_dir: Path) -> Args:
+    """The flags of the run in this folder, under those of the command line; --resume takes no other ones."""
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        commit = None
-    return {
-        "args": asdict(args),
-        "commit": commit,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")},
-        "hardware": {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        },
-    }
+        saved = Args(**json.loads((run_dir / "args.json").read_text())["args"])
+    except (OSError, ValueError, TypeError, KeyError):
+        require(False, f"{run_dir} holds no run of {SCRIPT}.py")
+    args = tyro.cli(Args, default=saved)
+    for name, value in asdict(saved).items():
+        free = not args.resume or name in ("resume", "total_timesteps")
+        require(free or getattr(args, name) == value, f"--resume keeps the run's own flags: its {name} is {value}")
+    require(not args.resume or args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
+    return args
 
 
 def open_run(args: Args, run_dir: Path, device) -> dict | None:
-    """Make the run's folder, or go back to its checkpoint, which is returned: rows of the lost stretch are cut off."""
-    checkpoint, record = None, provenance(args, device)
+    """Make the run's folder; with --resume, go back to its checkpoint and cut off the log rows after it."""
+    record, checkpoint, path = provenance(args, device), None, run_dir / "checkpoint.pt"
     if args.resume:
-        record["args"]["resume"] = None
-        path, result = run_dir / "checkpoint.pt", run_dir / "result.json"
-        if result.exists():
-            done = json.loads(result.read_text())["global_step"]
-            require(args.total_timesteps > done, f"{run_dir} is complete at {done} steps: raise --total-timesteps")
-            require(path.exists(), f"{run_dir} is complete and kept no checkpoint to go on from (--keep-checkpoint)")
+        record = json.loads((run_dir / "args.json").read_text()) | {"args": asdict(args) | {"resume": None}}
         if path.exists():
-            checkpoint = load_file(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
-            for name in record["args"].keys() - {"total_timesteps"}:
-                theirs, ours = checkpoint["args"].get(name), record["args"][name]
-                require(theirs == ours, f"{path} is of a run with other flags: its {name} is {theirs}, not {ours}")
-        now, record = record, json.loads((run_dir / "args.json").read_text()) | {"args": record["args"]}
-        step = checkpoint["global_step"] if checkpoint else 0
-        record.setdefault("resumed", []).append({"global_step": step} | {key: now[key] for key in now if key != "args"})
-        result.unlink(missing_ok=True)
+            checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
+            others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
+            require(set(others) <= {"resume", "total_timesteps"}, f"{path} is of a run with another {others}")
+        elif (run_dir / "result.json").exists():
+            require(False, f"{run_dir} is complete and kept no checkpoint to go on from (--keep-checkpoint)")
     else:
-        require(
-            not (run_dir / "args.json").exists(), f"{run_dir} holds a run already; --resume {run_dir} goes on with it"
-        )
+        require(not (run_dir / "args.json").exists(), f"{run_dir} is taken: --resume it, or choose another --run-name")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "result.json").unlink(missing_ok=True)
         for log in run_dir.glob("events.out.tfevents.*"):
             size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
             log.unlink() if size is None else os.truncate(log, size)
     except OSError as error:
         require(False, f"cannot write to {run_dir}: {error}")
-    require(write_json(run_dir / "args.json", record), f"cannot write to {run_dir}")
+    require(save(run_dir / "args.json", json.dumps(record, indent=2)), f"cannot write to {run_dir}")
     return checkpoint
 
 
-def rng_state(env) -> dict:
-    """Every random generator's state, in plain Python values and tensors, so that weights_only=True loads it."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-        "numpy": [name, keys.tolist(), *rest],
-        "python": random.getstate(),
-        "env": env.unwrapped.np_random.bit_generator.state,
-        "action_space": env.action_space.np_random.bit_generator.state,
-    }
+def numpy_generators(env) -> list:
+    return [np.random.get_bit_generator(), *(x.np_random.bit_generator for x in (env.unwrapped, env.action_space))]
 
 
-def set_rng_state(state, env):
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    env.unwrapped.np_random.bit_generator.state = state["env"]
-    env.action_space.np_random.bit_generator.state = state["action_space"]
+def random_states(env) -> list:
+    """Every random generator's state, in tensors and plain Python values: weights_only=True loads nothing else."""
+    states = [json.dumps(generator.state, default=np.ndarray.tolist) for generator in numpy_generators(env)]
+    return [torch.get_rng_state(), torch.cuda.get_rng_state_all(), random.getstate(), states]
+
+
+def restore_random_states(saved, env):
+    torch.set_rng_state(saved[0])
+    torch.cuda.set_rng_state_all(saved[1])
+    random.setstate(saved[2])
+    for generator, state in zip(numpy_generators(env), saved[3], strict=True):
+        generator.state = json.loads(state)
 
 
 def cuda_graphed(function, warmup=3):
-    """`function`, replayed as a CUDA graph, one for each of its arguments; the first calls run (and count) as usual."""
+    """`function` replayed as a CUDA graph, one for each of its arguments; its first calls run, and count, as usual."""
     calls, graphs, outputs = Counter(), {}, {}
 
     def call(*args):
         calls[args] += 1
-        if calls[args] <= warmup:  # lazy initialisation, the optimiser's state for one, must not be recorded
+        if calls[args] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
             return function(*args)
         if args not in graphs:
             graphs[args] = torch.cuda.CUDAGraph()
@@ -552,62 +476,48 @@ def cuda_graphed(function, warmup=3):
 
 def main(args: Args):
     if args.resume or args.evaluate:
-        args = saved_args(args)
+        args = saved_args(Path(args.resume or args.evaluate))
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
     if args.evaluate:
         run_dir = Path(args.evaluate)
-        model = load_file(run_dir / "model.pt", device, script=SCRIPT)
+        model = load(run_dir / "model.pt", device, script=SCRIPT)
         actor = Actor(model["obs_dim"], model["action_low"], model["action_high"]).to(device)
         qf = QNetwork(model["obs_dim"], len(model["action_low"])).to(device)
         actor.load_state_dict(model["actor"])
         qf.load_state_dict(model["qf"])
-        returns, _, _ = evaluate(actor, qf, make_eval_envs(args, run_dir), eval_seed(args.seed), args.gamma)
-        print(f"{args.env_id} after {model['global_step']:,} steps: {returns.mean():.2f} ± {returns.std():.2f} "
-              f"over {len(returns)} episodes")  # fmt: skip
-        return
+        returns, *_ = evaluate(actor, qf, make_eval_envs(args, run_dir), args.seed, args.gamma)
+        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
 
-    # Environment, memory and folder are checked before anything is written
     env = make_env(args.env_id)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    buffer_gib = ReplayBuffer.nbytes(args.buffer_size, obs_dim, action_dim) / 2**30
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-    require(
-        buffer_gib <= free / 2**30,
-        f"the full replay buffer takes {buffer_gib:.2f} GiB, {free / 2**30:.2f} GiB are free: lower --buffer-size",
-    )
-    run_name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    run_dir = Path(args.resume or f"runs/{run_name}")
+    needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
+    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
+    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
+    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+    run_dir = Path(args.resume or Path("runs") / (args.run_name or default_name))
     checkpoint = open_run(args, run_dir, device)
-    print(
-        f"{args.env_id}: {obs_dim} observations, {action_dim} actions; {device}, {torch.get_num_threads()} CPU threads; "
-        f"full replay buffer {buffer_gib:.2f} GiB; {run_dir}",
-    )
+    print(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
+    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            config=asdict(args),
-            sync_tensorboard=True,
-            save_code=True,
-        )
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
 
-    # Initialise the critic Q(s, a) and the actor mu(s), copy both to targets, empty the replay buffer
+    # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
     actor = Actor(obs_dim, low, high).to(device)
     qf = QNetwork(obs_dim, action_dim).to(device)
@@ -616,17 +526,17 @@ def main(args: Args):
     adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
     actor_optimizer, qf_optimizer = adam(actor.parameters()), adam(qf.parameters())
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    noise_std = args.exploration_noise * actor.action_scale
+    noise = GaussianNoise(args.exploration_noise * actor.action_scale)
     host_obs = torch.empty(1, obs_dim, pin_memory=device.type == "cuda")
-    device_obs = torch.empty(1, obs_dim, device=device)  # written in place: a CUDA graph reads a fixed address
+    device_obs = torch.empty(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
 
     def act():
-        return explore(actor, device_obs, noise_std)
+        return explore(actor, device_obs, noise)
 
     def learn(update_actor):
         batch = buffer.sample(args.batch_size)
-        optimizers = actor_optimizer, qf_optimizer
-        return update(actor, qf, target_actor, target_qf, *optimizers, batch, args.gamma, args.tau, update_actor)
+        networks, optimizers = (actor, qf, target_actor, target_qf), (actor_optimizer, qf_optimizer)
+        return update(*networks, *optimizers, batch, args.gamma, args.tau, update_actor), batch
 
     if args.compile:
         act, learn = torch.compile(act), torch.compile(learn)
@@ -636,41 +546,41 @@ def main(args: Args):
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
     eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
-    eval_rows, first_step, last_checkpoint, past_seconds, start_time = [], 1, 0, 0.0, time.time()
-
-    stateful = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
-    stateful |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer)
+    eval_rows, first_step, earlier_seconds = [], 1, 0.0
+    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
+    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer)
     if checkpoint:
-        for name, part in stateful.items():
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        eval_rows, last_checkpoint, past_seconds = (checkpoint[key] for key in ("eval_rows", "global_step", "seconds"))
-        first_step = last_checkpoint + 1
-        set_rng_state(checkpoint["rng"], env)
-        del checkpoint
+        restore_random_states(checkpoint["random_states"], env)
+        eval_rows, first_step = checkpoint["eval_rows"], checkpoint["global_step"] + 1
+        earlier_seconds = checkpoint["seconds"]
         obs, _ = env.reset()
-        if device.type != "cpu" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
-            print("note: not exact to the byte: that takes a CPU, and an environment whose reset sets its whole state")
-    write_eval_csv(run_dir / "eval.csv", eval_rows)
+        if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
+            print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
-    log = Log(run_dir)
-    log.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-    bar = tqdm(total=args.total_timesteps, initial=first_step - 1, unit="step", disable=None, dynamic_ncols=True)
+    threading.excepthook = lambda _: None  # errors of the log's writer thread come back in the next call
+    log = Log(str(run_dir))
+    flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+    log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+    bar = tqdm(total=args.total_timesteps, initial=first_step - 1, unit=" steps", disable=None, dynamic_ncols=True)
 
     def stop(code, message):
         bar.close()
-        log.close()
+        log.attempt(log.close)
         print(message, file=sys.stderr)
         sys.exit(code)
 
-    def on_signal(signum, frame):
+    def on_signal(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        stop(128 + signum, f"stopped by {signal.Signals(signum).name}; go on with --resume {run_dir}")
+        stop(128 + number, f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}")
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    episode_return, episode_length, shown = 0.0, 0, {}
-    log_time, log_step = time.time(), first_step - 1
+    last_checkpoint, episode_return, episode_length, shown = first_step - 1, 0.0, 0, {}
+    start_time = log_time = time.time()
+    log_step = first_step - 1
     for global_step in range(first_step, args.total_timesteps + 1):
         # Select action a_t = mu(s_t) + N_t
         if global_step <= args.learning_starts:
@@ -678,119 +588,93 @@ def main(args: Args):
         else:
             host_obs.numpy()[0] = obs
             device_obs.copy_(host_obs, non_blocking=True)
-            greedy, action = act().cpu().numpy()  # the step's one wait for the device
+            greedy, action = act().cpu().numpy()  # the only wait for the device in a step
 
-        # Execute a_t, observe r_t and s_t+1, store the transition: at a time limit too, the last real observation
+        # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
         next_obs, reward, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = next_obs
         episode_return += float(reward)
         episode_length += 1
 
-        # Sample a batch, update the critic, the actor and the targets
+        # Sample a batch; update the critic, the actor and the targets
         learning = global_step > args.learning_starts
         if learning:
             losses, batch = learn(global_step % args.policy_frequency == 0)
 
-        bar.update()
-        last_step = global_step == args.total_timesteps
+        last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
         evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
-        saving = (
-            (terminated or truncated)
-            and args.checkpoint_interval
-            and global_step // args.checkpoint_interval > last_checkpoint // args.checkpoint_interval
-        )
+        every = args.checkpoint_interval
+        saving = every and episode_over and global_step // every > last_checkpoint // every
+
         if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
             scalars = {tag: loss.item() for tag, loss in losses.items()}
-            if not all(map(math.isfinite, scalars.values())):  # before anything is saved
-                message = f"error: a loss is not finite at step {global_step}: {scalars}; what was saved before is kept"
-                stop(1, f"{message}. Try a lower --learning-rate, or look for huge rewards or observations")
+            if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                advice = "try a lower --learning-rate, or look for huge rewards and observations"
+                stop(1, f"error: loss not finite at step {global_step}: {scalars}; {advice}; what was saved is kept")
             with torch.no_grad():
                 used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
-            log.add(
-                scalars
-                | {
-                    "losses/qf1_grad_norm": nn.utils.get_total_norm([p.grad for p in qf.parameters()]).item(),
-                    "losses/actor_grad_norm": nn.utils.get_total_norm([p.grad for p in actor.parameters()]).item(),
-                    "charts/saturated_actions": (used.abs() > 0.99).float().mean().item(),
-                    "charts/exploration_difference": float(np.abs(action - greedy).mean()),
-                    "charts/SPS": (global_step - log_step) / (time.time() - log_time),
-                },
-                global_step,
-            )
+            scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
+            scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
+            for name, network in ("actor", actor), ("qf1", qf):
+                grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
+            scalars["charts/SPS"] = (global_step - log_step) / (time.time() - log_time)
+            log.add(scalars, global_step)
             log_time, log_step = time.time(), global_step
 
         if evaluating:
-            returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, eval_seed(args.seed), args.gamma)
-            statistics = dict(mean=returns.mean(), std=returns.std(), min=returns.min(), max=returns.max())
-            row = {"global_step": global_step} | {name: float(value) for name, value in statistics.items()}
-            eval_rows.append(row | {"episodes": len(returns)})
-            write_eval_csv(run_dir / "eval.csv", eval_rows)
-            log.add(
-                {
-                    "eval/episodic_return": returns.mean(),
-                    "eval/discounted_return": discounted.mean(),  # what the critic estimates at the start
-                    "eval/q_estimate": q_estimates.mean(),
-                },
-                global_step,
-            )
-            shown["eval"] = f"{returns.mean():.1f}"
+            if args.capture_video:
+                eval_envs[0].name_prefix = f"step-{global_step}"
+            returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+            statistics = returns.mean(), returns.std(), returns.min(), returns.max()
+            eval_rows.append([global_step, *map(float, statistics), len(returns)])
+            header = "global_step,mean,std,min,max,episodes"
+            save(run_dir / "eval.csv", "\n".join([header, *(",".join(map(repr, row)) for row in eval_rows), ""]))
+            scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
+            log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
+            shown["evaluation"] = f"{returns.mean():.1f}"
         if args.save_model and (evaluating or last_step):
-            model = dict(script=SCRIPT, env_id=args.env_id, obs_dim=obs_dim, global_step=global_step)
-            model |= dict(action_low=low, action_high=high, actor=actor.state_dict(), qf=qf.state_dict())
-            write_file(run_dir / "model.pt", lambda file, model=model: torch.save(model, file))
+            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_dim": obs_dim}
+            model |= {"action_low": low, "action_high": high, "actor": actor.state_dict(), "qf": qf.state_dict()}
+            save(run_dir / "model.pt", model)
 
-        if terminated or truncated:
+        if episode_over:
             log.add({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}, global_step)
             shown["return"] = f"{episode_return:.1f}"
             episode_return, episode_length = 0.0, 0
             if saving:
                 last_checkpoint = global_step
-                log.flush()
-                checkpoint = {name: part.state_dict() for name, part in stateful.items()} | {
-                    "script": SCRIPT,
-                    "format": CHECKPOINT_FORMAT,
-                    "args": asdict(args),
-                    "global_step": global_step,
-                    "seconds": past_seconds + time.time() - start_time,
-                    "eval_rows": eval_rows,
-                    "rng": rng_state(env),
-                    "log_sizes": {path.name: path.stat().st_size for path in run_dir.glob("events.out.tfevents.*")},
-                }
-                write_file(run_dir / "checkpoint.pt", functools.partial(torch.save, checkpoint))
+                log.attempt(log.flush)
+                checkpoint = {"script": SCRIPT, "format": CHECKPOINT_FORMAT, "args": asdict(args) | {"resume": None}}
+                checkpoint |= {"global_step": global_step, "eval_rows": eval_rows, "random_states": random_states(env)}
+                checkpoint["seconds"] = earlier_seconds + time.time() - start_time
+                checkpoint["log_sizes"] = {f.name: f.stat().st_size for f in run_dir.glob("events.out.tfevents.*")}
+                save(run_dir / "checkpoint.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
             obs, _ = env.reset()
 
+        bar.update()
         bar.set_postfix(shown, refresh=False)
-        if bar.disable and (
-            global_step % (args.eval_interval or 5_000) == 0 or last_step
-        ):  # a log file, not a terminal
-            seconds = time.time() - start_time
-            speed = (global_step - first_step + 1) / seconds
-            left = timedelta(seconds=round((args.total_timesteps - global_step) / speed))
-            known = "".join(f", {name} {value}" for name, value in shown.items())
-            print(
-                f"step {global_step:,} of {args.total_timesteps:,}{known}, {speed:.0f} steps/s, {left} left", flush=True
-            )
+        if bar.disable and (global_step % (args.eval_interval or 5_000) == 0 or last_step):  # not on a terminal
+            speed = (global_step - first_step + 1) / (time.time() - start_time)
+            left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
+            known = ", ".join(f"{name} {value}" for name, value in shown.items())
+            step_of = f"step {global_step:,} of {args.total_timesteps:,}"
+            print(f"{step_of}: {known}, {speed:.0f} steps/s, {left} left", flush=True)
 
     bar.close()
-    log.close()
-    env.close()
-    for eval_env in eval_envs:
-        eval_env.close()
-    final = [row["mean"] for row in eval_rows[-10:]]
-    seconds = past_seconds + time.time() - start_time
-    result = {
-        "global_step": args.total_timesteps,
-        "final_return": float(np.mean(final)) if final else None,  # mean of the last 10 evaluations
-        "evaluations": len(eval_rows),
-        "seconds": seconds,
-        "steps_per_second": args.total_timesteps / seconds,
-    }
-    if not write_json(run_dir / "result.json", result):
+    log.attempt(log.close)
+    for each in [env, *eval_envs]:
+        each.close()
+    seconds = earlier_seconds + time.time() - start_time
+    final = [row[1] for row in eval_rows[-10:]]
+    result = {"global_step": args.total_timesteps, "final_return": float(np.mean(final)) if final else None}
+    result |= {"evaluations": len(eval_rows), "seconds": seconds, "steps_per_second": args.total_timesteps / seconds}
+    if not save(run_dir / "result.json", json.dumps(result, indent=2)):
         sys.exit(1)
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations; {run_dir}")
+    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations")
 
 
 if __name__ == "__main__":
