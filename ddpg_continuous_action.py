@@ -320,7 +320,8 @@ def check_args(args: Args):
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    env_id = args.env_id
     try:
         env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
     except (gym.error.Error, ModuleNotFoundError) as error:
@@ -336,7 +337,7 @@ def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
     filmed = args.capture_video * (args.eval_episodes if args.evaluate else 1)
-    return [make_env(args.env_id, run_dir / "videos" if i < filmed else None) for i in range(args.eval_episodes)]
+    return [make_env(args, run_dir / "videos" if i < filmed else None) for i in range(args.eval_episodes)]
 
 
 def save(path: Path, contents) -> bool:
@@ -496,8 +497,9 @@ def main(args: Args):
         score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
         return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
 
-    env = make_env(args.env_id)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    env = make_env(args)
+    obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
+    obs_dim = math.prod(obs_shape)
     needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
     free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
     require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
@@ -527,8 +529,8 @@ def main(args: Args):
     actor_optimizer, qf_optimizer = adam(actor.parameters()), adam(qf.parameters())
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     noise = GaussianNoise(args.exploration_noise * actor.action_scale)
-    host_obs = torch.empty(1, obs_dim, pin_memory=device.type == "cuda")
-    device_obs = torch.empty(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
+    host_obs = torch.empty(1, *obs_shape, pin_memory=device.type == "cuda")
+    device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
 
     def act():
         return explore(actor, device_obs, noise)

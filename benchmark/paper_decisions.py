@@ -1,0 +1,110 @@
+"""Where the paper is silent and learning may depend on it: the experiment behind ddpg_paper_faithful.py's defaults.
+
+    python benchmark/paper_decisions.py --jobs 2
+
+Each variant changes one decision of the default. Runs go to runs/paper_decisions/, finished ones are skipped, and the
+table goes to benchmark/results/paper_decisions.csv and to the terminal.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs"  # the scripts write to runs/ of the folder they are started in
+STEPS = {"Pendulum-v1": 20_000, "HalfCheetah-v5": 30_000}
+VARIANTS = {
+    "default": [],
+    "targets normalise by the batch": [],
+    "targets copy the running averages": [],
+    "OU time step 0.01": ["--ou-dt", "0.01"],
+    "learning starts after 64 steps": ["--learning-starts", "64"],
+    "learning starts after 10,000 steps": ["--learning-starts", "10_000"],
+}
+
+
+@dataclass
+class Args:
+    seeds: int = 3
+    """seeds 1 to this"""
+    jobs: int = 2
+    """runs at a time, one thread each"""
+
+
+def run(variant: str, env_id: str, seed: int):
+    """One run, in a process of its own: some variants change the script's functions."""
+    name = f"paper_decisions/{env_id}__{variant.replace(' ', '_').replace(',', '')}__{seed}"
+    if (RUNS / name / "result.json").exists():
+        return
+    command = [sys.executable, __file__, "--variant", variant, "--env-id", env_id, "--seed", str(seed)]
+    command += ["--total-timesteps", str(STEPS[env_id]), "--eval-interval", "1000", "--run-name", name]
+    command += ["--num-threads", "1", "--checkpoint-interval", "0", *VARIANTS[variant]]
+    print(name, flush=True)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def train(variant: str, flags: list[str]):
+    """Train with the variant's change to the script's functions."""
+    sys.path.insert(0, str(ROOT))
+    import ddpg_paper_faithful as ddpg
+    import torch
+
+    update, critic_loss = ddpg.update, ddpg.critic_loss
+
+    def batch_targets(qf, target_actor, target_qf, batch, gamma):
+        target_actor.train(), target_qf.train()
+        loss = critic_loss(qf, target_actor, target_qf, batch, gamma)
+        target_actor.eval(), target_qf.eval()
+        return loss
+
+    @torch.no_grad()
+    def copied_averages(actor, qf, target_actor, target_qf, *rest):
+        with torch.enable_grad():
+            losses = update(actor, qf, target_actor, target_qf, *rest)
+        for network, target in (actor, target_actor), (qf, target_qf):
+            for buffer, target_buffer in zip(network.buffers(), target.buffers(), strict=True):
+                target_buffer.copy_(buffer)
+        return losses
+
+    if variant == "targets normalise by the batch":
+        ddpg.critic_loss = batch_targets
+    if variant == "targets copy the running averages":
+        ddpg.update = copied_averages
+    ddpg.main(tyro.cli(ddpg.Args, args=flags))
+
+
+def main(args: Args):
+    runs = [(v, env_id, seed) for seed in range(1, args.seeds + 1) for env_id in STEPS for v in VARIANTS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda arguments: run(*arguments), runs))
+    table = [["variant", "environment", "steps", "seeds", "mean", "std", "each seed"]]
+    for env_id in STEPS:
+        for variant in VARIANTS:
+            scores = []
+            for seed in range(1, args.seeds + 1):
+                name = f"paper_decisions/{env_id}__{variant.replace(' ', '_').replace(',', '')}__{seed}"
+                rows = list(csv.DictReader(open(RUNS / name / "eval.csv")))
+                scores.append(statistics.mean(float(row["mean"]) for row in rows[-10:]))
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            row = [variant, env_id, STEPS[env_id], len(scores), f"{statistics.mean(scores):.1f}", f"{spread:.1f}"]
+            table.append([*row, " ".join(f"{score:.1f}" for score in scores)])
+    path = ROOT / "benchmark/results/paper_decisions.csv"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(table)
+    for row in table:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+if __name__ == "__main__":
+    if "--variant" in sys.argv:
+        train(sys.argv[2], sys.argv[3:])
+    else:
+        main(tyro.cli(Args))

@@ -1,0 +1,741 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "moviepy==2.2.1"]
+# ///
+"""Deep Deterministic Policy Gradient (DDPG; Lillicrap et al. 2016, arXiv 1509.02971): the paper to the letter.
+
+    python ddpg_paper_faithful.py --env-id Hopper-v5 --seed 3
+    python ddpg_paper_faithful.py --env-id InvertedPendulum-v5 --pixels --buffer-size 50e3 --total-timesteps 50e3
+
+TABLE
+"""
+
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
+CHECKPOINT_FORMAT = 1  # raised when the contents change: an older checkpoint is refused
+EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
+
+
+def parse_int(text: str) -> int:
+    """An integer as people type it: 1000000, 1_000_000 or 1e6, but not 1.5."""
+    if not float(text).is_integer():
+        raise ValueError(f"{text} is not an integer")
+    return int(float(text))
+
+
+as_typed = tyro.constructors.PrimitiveConstructorSpec(
+    1, "INT", lambda args: parse_int(args[0]), lambda value: isinstance(value, int), lambda value: [str(value)]
+)
+Int = Annotated[int, as_typed]
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = SCRIPT
+    """name of the experiment, a part of the run's name"""
+    run_name: str | None = None
+    """folder of this run in runs/; by default {env_id}__{exp_name}__{seed}__{unix time}"""
+    seed: Int = 1
+    """seed of the networks, the environment, the exploration and the sampling of batches"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    cudagraphs: bool = False
+    """on a GPU, replay acting and the whole update as CUDA graphs: the same numbers, sooner"""
+    compile: bool = False
+    """on a GPU, torch.compile acting and the update, alone or under --cudagraphs: the same numbers up to rounding"""
+    num_threads: Int = 0
+    """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases"""
+    wandb_project_name: str = "ddpg"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases user or team"""
+    save_model: bool = True
+    """write model.pt at each evaluation and at the end"""
+    checkpoint_interval: Int = 50_000
+    """steps between checkpoints, each written when the episode under way has ended; 0 = none"""
+    keep_checkpoint: bool = False
+    """keep the last checkpoint of a finished run, for --resume to extend it"""
+    resume: str | None = None
+    """folder of a broken-off run, to go on with under its own flags; only --total-timesteps may be raised"""
+
+    # Evaluation
+    eval_interval: Int = 5_000
+    """steps between evaluations, which are without exploration noise; 0 = none"""
+    eval_episodes: Int = 10
+    """episodes of one evaluation"""
+    capture_video: bool = False
+    """film the first episode of each evaluation, with --evaluate every episode, into the run's videos/"""
+    evaluate: str | None = None
+    """folder of a run, to evaluate its model instead of training"""
+
+    # Algorithm
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium environment with a flat Box observation and a bounded Box action; module:EnvId imports module first"""
+    total_timesteps: Int = 1_000_000
+    """environment steps of the run"""
+    actor_lr: float = 1e-4
+    """Adam's learning rate for the actor (section 7)"""
+    critic_lr: float = 1e-3
+    """Adam's learning rate for the critic (section 7)"""
+    critic_weight_decay: float = 1e-2
+    """L2 weight decay of the critic, not of the actor (section 7)"""
+    buffer_size: Int = 1_000_000
+    """transitions that the replay buffer holds (section 7)"""
+    gamma: float = 0.99
+    """discount factor (section 7)"""
+    tau: float = 0.001
+    """part of the way that the targets go towards the networks in an update (section 7)"""
+    batch_size: Int | None = None
+    """transitions in a batch; by default 64, and 16 from pixels (section 7)"""
+    ou_theta: float = 0.15
+    """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
+    ou_sigma: float = 0.2
+    """size of the Ornstein-Uhlenbeck noise's steps, in halves of the action range (section 7)"""
+    ou_dt: float = 1.0
+    """time step of the Ornstein-Uhlenbeck noise (the paper is silent)"""
+    batch_norm: bool = True
+    """batch normalisation (section 3), but from pixels none"""
+    weights_init: Literal["paper", "xavier", "kaiming"] = "paper"
+    """initial weights of the hidden layers; paper: uniform within 1/sqrt(fan-in) (section 7)"""
+    pixels: bool = False
+    """learn from rendered frames: a step repeats the action three times and observes 3 x 64 x 64 RGB"""
+    learning_starts: Int = 1_000
+    """steps of uniformly random actions before learning starts (the paper is silent)"""
+    policy_frequency: Int = 1
+    """critic updates to one update of the actor and the targets (Algorithm 1: 1)"""
+
+
+def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, weights_init: str):
+    """Section 7: every layer uniform within 1/sqrt(fan-in), the output layer within output_bound, biases too."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            bound = output_bound if layer is output else layer.weight[0].numel() ** -0.5
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.uniform_(layer.bias, -bound, bound)
+            if weights_init != "paper" and layer is not output:
+                getattr(nn.init, f"{weights_init}_uniform_")(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+class QNetwork(nn.Module):
+    """Action value Q(s, a): observations (N, obs_dim) and actions (N, action_dim) to values (N,)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, batch_norm: bool = True, weights_init: str = "paper"):
+        super().__init__()
+        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the layers before the action input
+        self.norm0, self.norm1 = norm(obs_dim), norm(400)
+        self.fc1 = nn.Linear(obs_dim, 400)
+        self.fc2 = nn.Linear(400 + action_dim, 300)  # section 7: actions enter at the second hidden layer
+        self.fc3 = nn.Linear(300, 1)
+        init_weights(self, self.fc3, 3e-3, weights_init)
+
+    def forward(self, obs, action):
+        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.fc2(torch.cat([x, action], 1)), inplace=True)
+        return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
+
+
+class Actor(nn.Module):
+    """Deterministic policy mu(s): observations (N, obs_dim) to actions (N, action_dim) within [low, high]."""
+
+    def __init__(self, obs_dim: int, low, high, batch_norm: bool = True, weights_init: str = "paper"):
+        super().__init__()
+        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the state input and all layers
+        self.norm0, self.norm1, self.norm2 = norm(obs_dim), norm(400), norm(300)
+        self.fc1 = nn.Linear(obs_dim, 400)
+        self.fc2 = nn.Linear(400, 300)
+        self.fc_mu = nn.Linear(300, len(low))
+        self.register_buffer("action_low", low)
+        self.register_buffer("action_high", high)
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+        init_weights(self, self.fc_mu, 3e-3, weights_init)
+
+    def forward(self, obs):
+        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)
+        x = F.relu(self.norm2(self.fc2(x)), inplace=True)
+        return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
+
+    def clip(self, action):
+        """Noise takes actions out of the bounds, and so, by a hair, does the rounding of scale and bias."""
+        return action.clamp(self.action_low, self.action_high)
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (N, obs_dim)
+    action: torch.Tensor  # (N, action_dim)
+    reward: torch.Tensor  # (N,)
+    next_obs: torch.Tensor  # (N, obs_dim)
+    terminated: torch.Tensor  # (N,), 1 after a terminal state; a time limit is not one
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions on the training device, one float32 row each: a batch is a single gather."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.row = torch.empty(sum(self.sizes), pin_memory=device.type == "cuda")  # pinned: copied without waiting
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
+        self.added = 0
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        if self.copied:
+            self.copied.synchronize()  # the row before has left; it hardly ever has to wait
+        self.row.numpy()[:] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
+        self.rows[self.added % len(self.rows)].copy_(self.row, non_blocking=True)
+        if self.copied:
+            self.copied.record()
+        self.added += 1
+        self.size.fill_(min(self.added, len(self.rows)))
+
+    def sample(self, batch_size: int) -> Batch:
+        """Transitions drawn uniformly, with replacement."""
+        indices = (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def state_dict(self):
+        filled = self.rows[: min(self.added, len(self.rows))].cpu().numpy()
+        return {"added": self.added, "rows": torch.from_numpy(filled)}  # torch.save would write all rows behind a view
+
+    def load_state_dict(self, state):
+        self.added = state["added"]
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.size.fill_(len(state["rows"]))
+
+
+class OrnsteinUhlenbeckNoise:
+    """Exploration noise: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), starting at 0 in each episode (section 7).
+
+    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps. `scale` has shape (action_dim,).
+    """
+
+    def __init__(self, scale: torch.Tensor, theta: float, sigma: float, dt: float):
+        self.scale, self.theta, self.sigma, self.dt = scale, theta, sigma, dt
+        self.x = torch.zeros_like(scale)
+
+    def reset(self):
+        self.x.zero_()
+
+    def sample(self):
+        self.x += -self.theta * self.x * self.dt + self.sigma * self.dt**0.5 * torch.randn_like(self.x)
+        return self.scale * self.x
+
+    def state_dict(self):
+        return {"x": self.x}
+
+    def load_state_dict(self, state):
+        self.x.copy_(state["x"])
+
+
+@torch.no_grad()
+def explore(actor, obs, noise):
+    """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
+    greedy = actor(obs)
+    return torch.cat([greedy, actor.clip(greedy + noise.sample())])
+
+
+def critic_loss(qf, target_actor, target_qf, batch, gamma):
+    """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
+    with torch.no_grad():
+        next_q = target_qf(batch.next_obs, target_actor(batch.next_obs))
+        y = batch.reward + gamma * (1 - batch.terminated) * next_q  # equation 5, but no value after a terminal state
+    q = qf(batch.obs, batch.action)
+    return F.mse_loss(q, y), q
+
+
+def actor_loss(actor, qf, obs):
+    """Minus the mean of Q(s, mu(s)): descending it ascends the sampled policy gradient, equation 6."""
+    return -qf(obs, actor(obs)).mean()
+
+
+def averaged(network):
+    """What a target follows: the weights, and the running averages too, so that it is one network moving slowly."""
+    return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
+
+
+def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
+    """One update of Algorithm 1: the critic, then the actor, then both targets.
+
+    Only here do actor and critic normalise by the batch; the targets, like everything else, use running averages.
+    Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
+    """
+    actor.train(), qf.train()
+    qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
+    qf_optimizer.zero_grad()
+    qf_loss.backward()
+    qf_optimizer.step()
+    losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
+    if update_actor:
+        mu_loss = actor_loss(actor, qf, batch.obs)
+        actor_optimizer.zero_grad()
+        mu_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's weights
+        actor_optimizer.step()
+        losses["losses/actor_loss"] = mu_loss.detach()
+        with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
+            targets = [*averaged(target_actor), *averaged(target_qf)]
+            torch._foreach_lerp_(targets, [*averaged(actor), *averaged(qf)], tau)
+    actor.eval(), qf.eval()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(actor, qf, envs, seed, gamma):
+    """One episode without exploration noise in each environment, all stepped together.
+
+    Every evaluation of a run meets the same starts, and no other run does. Finished episodes keep their rows in the
+    batch: its shape, and with it the rounding of the others' actions, stays the same. Returns three arrays (N,): the
+    return, the discounted return, and what the critic made of that at the start.
+    """
+    starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
+    obs = torch.tensor(np.array(starts), dtype=torch.float32)
+    returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
+    while running:
+        device_obs = obs.to(actor.action_low.device)
+        action = actor.clip(actor(device_obs))
+        if step == 0:
+            q_estimates = qf(device_obs, action).cpu().numpy()
+        actions = action.cpu().numpy()
+        for i in sorted(running):
+            next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
+            obs[i] = torch.as_tensor(next_obs)
+            returns[i] += reward
+            discounted[i] += gamma**step * reward
+            if terminated or truncated:
+                running.remove(i)
+        step += 1
+    return returns, discounted, q_estimates
+
+
+def require(condition, message):
+    """Bad input: one line and exit code 2, before anything is written."""
+    if not condition:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_args(args: Args):
+    at_least_1 = "total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes"
+    at_least_0 = "seed", "num_threads", "eval_interval", "checkpoint_interval", "learning_starts"
+    at_least_0 += "critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt"
+    for least, names in (1, at_least_1), (0, at_least_0):
+        for name in names:
+            value = getattr(args, name)
+            require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
+    require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
+    require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
+    require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
+    require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
+    require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
+    gpu = args.cuda and torch.cuda.is_available()
+    require(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
+    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+
+
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    env_id = args.env_id
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        require(False, error)  # Gymnasium names the near matches
+    obs, action = env.observation_space, env.action_space
+    require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
+    require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
+    require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
+    require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
+    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
+
+
+def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
+    filmed = args.capture_video * (args.eval_episodes if args.evaluate else 1)
+    return [make_env(args, run_dir / "videos" if i < filmed else None) for i in range(args.eval_episodes)]
+
+
+def save(path: Path, contents) -> bool:
+    """Write text, or with torch.save anything else; at every instant the old or the new file lies there whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
+        tqdm.write(f"warning: cannot write {path}: {error}", file=sys.stderr)
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, device, **expected) -> dict:
+    """What torch.save wrote, if every byte is intact and it holds the expected items; else one line, exit code 2."""
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        intact = zipfile.ZipFile(path).testzip() is None
+    except Exception as error:  # torch and zipfile raise many kinds on a broken file
+        require(False, f"cannot read {path}: {error}".splitlines()[0])
+    require(intact, f"{path} is corrupt")
+    for key, value in expected.items():
+        found = contents.get(key) if isinstance(contents, dict) else None
+        require(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
+    return contents
+
+
+class Log(SummaryWriter):
+    """TensorBoard's log. When it can't be written any more it says so, once, and training goes on."""
+
+    failed = False
+
+    def attempt(self, call, *args):
+        try:
+            if not self.failed:
+                call(*args)
+        except OSError as error:
+            self.failed = True
+            tqdm.write(f"warning: TensorBoard's log ends here: {error}", file=sys.stderr)
+
+    def add(self, scalars: dict, global_step: int):
+        for tag, value in scalars.items():
+            self.attempt(self.add_scalar, tag, value, global_step)
+
+
+def provenance(args: Args, device) -> dict:
+    """Every flag, the code, the versions and the machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
+    versions["python"] = platform.python_version()
+    return {"args": asdict(args), "commit": commit, "versions": versions, "hardware": hardware}
+
+
+def saved_args(run_dir: Path) -> Args:
+    """The flags of the run in this folder, under those of the command line; --resume takes no other ones."""
+    try:
+        saved = Args(**json.loads((run_dir / "args.json").read_text())["args"])
+    except (OSError, ValueError, TypeError, KeyError):
+        require(False, f"{run_dir} holds no run of {SCRIPT}.py")
+    args = tyro.cli(Args, default=saved)
+    for name, value in asdict(saved).items():
+        free = not args.resume or name in ("resume", "total_timesteps")
+        require(free or getattr(args, name) == value, f"--resume keeps the run's own flags: its {name} is {value}")
+    require(not args.resume or args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
+    return args
+
+
+def open_run(args: Args, run_dir: Path, device) -> dict | None:
+    """Make the run's folder; with --resume, go back to its checkpoint and cut off the log rows after it."""
+    record, checkpoint, path = provenance(args, device), None, run_dir / "checkpoint.pt"
+    if args.resume:
+        record = json.loads((run_dir / "args.json").read_text()) | {"args": asdict(args) | {"resume": None}}
+        if path.exists():
+            checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
+            others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
+            require(set(others) <= {"resume", "total_timesteps"}, f"{path} is of a run with another {others}")
+        elif (run_dir / "result.json").exists():
+            require(False, f"{run_dir} is complete and kept no checkpoint to go on from (--keep-checkpoint)")
+    else:
+        require(not (run_dir / "args.json").exists(), f"{run_dir} is taken: --resume it, or choose another --run-name")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "result.json").unlink(missing_ok=True)
+        for log in run_dir.glob("events.out.tfevents.*"):
+            size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
+            log.unlink() if size is None else os.truncate(log, size)
+    except OSError as error:
+        require(False, f"cannot write to {run_dir}: {error}")
+    require(save(run_dir / "args.json", json.dumps(record, indent=2)), f"cannot write to {run_dir}")
+    return checkpoint
+
+
+def numpy_generators(env) -> list:
+    return [np.random.get_bit_generator(), *(x.np_random.bit_generator for x in (env.unwrapped, env.action_space))]
+
+
+def random_states(env) -> list:
+    """Every random generator's state, in tensors and plain Python values: weights_only=True loads nothing else."""
+    states = [json.dumps(generator.state, default=np.ndarray.tolist) for generator in numpy_generators(env)]
+    return [torch.get_rng_state(), torch.cuda.get_rng_state_all(), random.getstate(), states]
+
+
+def restore_random_states(saved, env):
+    torch.set_rng_state(saved[0])
+    torch.cuda.set_rng_state_all(saved[1])
+    random.setstate(saved[2])
+    for generator, state in zip(numpy_generators(env), saved[3], strict=True):
+        generator.state = json.loads(state)
+
+
+def cuda_graphed(function, warmup=3):
+    """`function` replayed as a CUDA graph, one for each of its arguments; its first calls run, and count, as usual."""
+    calls, graphs, outputs = Counter(), {}, {}
+
+    def call(*args):
+        calls[args] += 1
+        if calls[args] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
+            return function(*args)
+        if args not in graphs:
+            graphs[args] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[args]):
+                outputs[args] = function(*args)
+        graphs[args].replay()
+        return outputs[args]
+
+    return call
+
+
+def main(args: Args):
+    if args.resume or args.evaluate:
+        args = saved_args(Path(args.resume or args.evaluate))
+    args.batch_size = args.batch_size or (16 if args.pixels else 64)
+    check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+
+    if args.evaluate:
+        run_dir = Path(args.evaluate)
+        model = load(run_dir / "model.pt", device, script=SCRIPT)
+        low, high, options = model["action_low"], model["action_high"], (args.batch_norm, args.weights_init)
+        actor = Actor(model["obs_dim"], low, high, *options).to(device).eval()
+        qf = QNetwork(model["obs_dim"], len(low), *options).to(device).eval()
+        actor.load_state_dict(model["actor"])
+        qf.load_state_dict(model["qf"])
+        returns, *_ = evaluate(actor, qf, make_eval_envs(args, run_dir), args.seed, args.gamma)
+        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
+
+    env = make_env(args)
+    obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
+    obs_dim = math.prod(obs_shape)
+    needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
+    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
+    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
+    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+    run_dir = Path(args.resume or Path("runs") / (args.run_name or default_name))
+    checkpoint = open_run(args, run_dir, device)
+    print(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
+    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+
+    # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
+    low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
+    actor = Actor(obs_dim, low, high, args.batch_norm, args.weights_init).to(device).eval()
+    qf = QNetwork(obs_dim, action_dim, args.batch_norm, args.weights_init).to(device).eval()
+    target_actor = copy.deepcopy(actor).requires_grad_(False)
+    target_qf = copy.deepcopy(qf).requires_grad_(False)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
+    qf_optimizer = adam(qf.parameters(), lr=args.critic_lr, weight_decay=args.critic_weight_decay)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    noise = OrnsteinUhlenbeckNoise(actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
+    host_obs = torch.empty(1, *obs_shape, pin_memory=device.type == "cuda")
+    device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
+
+    def act():
+        return explore(actor, device_obs, noise)
+
+    def learn(update_actor):
+        batch = buffer.sample(args.batch_size)
+        networks, optimizers = (actor, qf, target_actor, target_qf), (actor_optimizer, qf_optimizer)
+        return update(*networks, *optimizers, batch, args.gamma, args.tau, update_actor), batch
+
+    if args.compile:
+        act, learn = torch.compile(act), torch.compile(learn)
+    if args.cudagraphs:
+        act, learn = cuda_graphed(act), cuda_graphed(learn)
+
+    env.action_space.seed(args.seed)
+    obs, _ = env.reset(seed=args.seed)
+    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
+    eval_rows, first_step, earlier_seconds = [], 1, 0.0
+    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
+    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        restore_random_states(checkpoint["random_states"], env)
+        noise.reset()
+        eval_rows, first_step = checkpoint["eval_rows"], checkpoint["global_step"] + 1
+        earlier_seconds = checkpoint["seconds"]
+        obs, _ = env.reset()
+        if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
+            print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
+
+    threading.excepthook = lambda _: None  # errors of the log's writer thread come back in the next call
+    log = Log(str(run_dir))
+    flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+    log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+    bar = tqdm(total=args.total_timesteps, initial=first_step - 1, unit=" steps", disable=None, dynamic_ncols=True)
+
+    def stop(code, message):
+        bar.close()
+        log.attempt(log.close)
+        print(message, file=sys.stderr)
+        sys.exit(code)
+
+    def on_signal(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        stop(128 + number, f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}")
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+    last_checkpoint, episode_return, episode_length, shown = first_step - 1, 0.0, 0, {}
+    start_time = log_time = time.time()
+    log_step = first_step - 1
+    for global_step in range(first_step, args.total_timesteps + 1):
+        # Select action a_t = mu(s_t) + N_t
+        if global_step <= args.learning_starts:
+            action = env.action_space.sample()
+        else:
+            host_obs.numpy()[0] = obs
+            device_obs.copy_(host_obs, non_blocking=True)
+            greedy, action = act().cpu().numpy()  # the only wait for the device in a step
+
+        # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        episode_return += float(reward)
+        episode_length += 1
+
+        # Sample a batch; update the critic, the actor and the targets
+        learning = global_step > args.learning_starts
+        if learning:
+            losses, batch = learn(global_step % args.policy_frequency == 0)
+
+        last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
+        evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
+        every = args.checkpoint_interval
+        saving = every and episode_over and global_step // every > last_checkpoint // every
+
+        if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
+            scalars = {tag: loss.item() for tag, loss in losses.items()}
+            if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                advice = "try a lower --learning-rate, or look for huge rewards and observations"
+                stop(1, f"error: loss not finite at step {global_step}: {scalars}; {advice}; what was saved is kept")
+            with torch.no_grad():
+                used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
+            scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
+            scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
+            for name, network in ("actor", actor), ("qf1", qf):
+                grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
+            scalars["charts/SPS"] = (global_step - log_step) / (time.time() - log_time)
+            log.add(scalars, global_step)
+            log_time, log_step = time.time(), global_step
+
+        if evaluating:
+            if args.capture_video:
+                eval_envs[0].name_prefix = f"step-{global_step}"
+            returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+            statistics = returns.mean(), returns.std(), returns.min(), returns.max()
+            eval_rows.append([global_step, *map(float, statistics), len(returns)])
+            header = "global_step,mean,std,min,max,episodes"
+            save(run_dir / "eval.csv", "\n".join([header, *(",".join(map(repr, row)) for row in eval_rows), ""]))
+            scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
+            log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
+            shown["evaluation"] = f"{returns.mean():.1f}"
+        if args.save_model and (evaluating or last_step):
+            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_dim": obs_dim}
+            model |= {"action_low": low, "action_high": high, "actor": actor.state_dict(), "qf": qf.state_dict()}
+            save(run_dir / "model.pt", model)
+
+        if episode_over:
+            log.add({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}, global_step)
+            shown["return"] = f"{episode_return:.1f}"
+            episode_return, episode_length = 0.0, 0
+            if saving:
+                last_checkpoint = global_step
+                log.attempt(log.flush)
+                checkpoint = {"script": SCRIPT, "format": CHECKPOINT_FORMAT, "args": asdict(args) | {"resume": None}}
+                checkpoint |= {"global_step": global_step, "eval_rows": eval_rows, "random_states": random_states(env)}
+                checkpoint["seconds"] = earlier_seconds + time.time() - start_time
+                checkpoint["log_sizes"] = {f.name: f.stat().st_size for f in run_dir.glob("events.out.tfevents.*")}
+                save(run_dir / "checkpoint.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
+            obs, _ = env.reset()
+            noise.reset()
+
+        bar.update()
+        bar.set_postfix(shown, refresh=False)
+        if bar.disable and (global_step % (args.eval_interval or 5_000) == 0 or last_step):  # not on a terminal
+            speed = (global_step - first_step + 1) / (time.time() - start_time)
+            left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
+            known = ", ".join(f"{name} {value}" for name, value in shown.items())
+            step_of = f"step {global_step:,} of {args.total_timesteps:,}"
+            print(f"{step_of}: {known}, {speed:.0f} steps/s, {left} left", flush=True)
+
+    bar.close()
+    log.attempt(log.close)
+    for each in [env, *eval_envs]:
+        each.close()
+    seconds = earlier_seconds + time.time() - start_time
+    final = [row[1] for row in eval_rows[-10:]]
+    result = {"global_step": args.total_timesteps, "final_return": float(np.mean(final)) if final else None}
+    result |= {"evaluations": len(eval_rows), "seconds": seconds, "steps_per_second": args.total_timesteps / seconds}
+    if not save(run_dir / "result.json", json.dumps(result, indent=2)):
+        sys.exit(1)
+    if not args.keep_checkpoint:
+        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
