@@ -123,8 +123,8 @@ class Args:
     """discount factor (section 7)"""
     tau: float = 0.001
     """part of the way that the targets go towards the networks in an update (section 7)"""
-    batch_size: Int | None = None
-    """transitions in a batch; by default 64, and 16 from pixels (section 7)"""
+    batch_size: Int = 0
+    """transitions in a batch; 0 stands for the paper's 64, and 16 from pixels (section 7)"""
     ou_theta: float = 0.15
     """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
     ou_sigma: float = 0.2
@@ -142,6 +142,9 @@ class Args:
     policy_frequency: Int = 1
     """critic updates to one update of the actor and the targets (Algorithm 1: 1)"""
 
+    def __post_init__(self):
+        self.batch_size = self.batch_size or (16 if self.pixels else 64)
+
 
 def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, weights_init: str):
     """Section 7: every layer uniform within 1/sqrt(fan-in), the output layer within output_bound, biases too."""
@@ -155,42 +158,65 @@ def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, wei
                 nn.init.zeros_(layer.bias)
 
 
-class QNetwork(nn.Module):
-    """Action value Q(s, a): observations (N, obs_dim) and actions (N, action_dim) to values (N,)."""
+class Convolutions(nn.Sequential):
+    """Section 7: three convolutional layers of 32 filters, no pooling; frames (N, 9, 64, 64) to features (N, 2048).
 
-    def __init__(self, obs_dim: int, action_dim: int, batch_norm: bool = True, weights_init: str = "paper"):
+    The paper is silent on kernel and stride: with 3 x 3, stride 2 and padding 1, the networks have about 470,000
+    parameters, where the paper has about 430,000.
+    """
+
+    def __init__(self):
+        convs = [nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1) for channels in (9, 32, 32)]
+        super().__init__(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU(), nn.Flatten())
+
+    def forward(self, frames):
+        return super().forward(frames / 255)
+
+
+def input_layers(obs_shape: tuple[int, ...], batch_norm: bool):
+    """What meets the observation, the sizes after it (input, first, second) and the output layer's bound: section 7."""
+    if len(obs_shape) == 3:
+        return Convolutions(), (2048, 200, 200), 3e-4
+    return nn.BatchNorm1d(*obs_shape) if batch_norm else nn.Identity(), (*obs_shape, 400, 300), 3e-3
+
+
+class QNetwork(nn.Module):
+    """Action value Q(s, a): observations (N, *obs_shape) and actions (N, action_dim) to values (N,)."""
+
+    def __init__(self, obs_shape, action_dim: int, batch_norm: bool = True, weights_init: str = "paper"):
         super().__init__()
-        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the layers before the action input
-        self.norm0, self.norm1 = norm(obs_dim), norm(400)
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400 + action_dim, 300)  # section 7: actions enter at the second hidden layer
-        self.fc3 = nn.Linear(300, 1)
-        init_weights(self, self.fc3, 3e-3, weights_init)
+        self.input, (size0, size1, size2), output_bound = input_layers(obs_shape, batch_norm)
+        self.fc1 = nn.Linear(size0, size1)
+        self.norm1 = nn.BatchNorm1d(size1) if batch_norm else nn.Identity()  # section 3: up to the action input
+        self.fc2 = nn.Linear(size1 + action_dim, size2)  # section 7: where the action enters
+        self.fc3 = nn.Linear(size2, 1)
+        init_weights(self, self.fc3, output_bound, weights_init)
 
     def forward(self, obs, action):
-        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)  # in place: 2 % of an update on a CPU
         x = F.relu(self.fc2(torch.cat([x, action], 1)), inplace=True)
         return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
 
 
 class Actor(nn.Module):
-    """Deterministic policy mu(s): observations (N, obs_dim) to actions (N, action_dim) within [low, high]."""
+    """Deterministic policy mu(s): observations (N, *obs_shape) to actions (N, action_dim) within [low, high]."""
 
-    def __init__(self, obs_dim: int, low, high, batch_norm: bool = True, weights_init: str = "paper"):
+    def __init__(self, obs_shape, low, high, batch_norm: bool = True, weights_init: str = "paper"):
         super().__init__()
-        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the state input and all layers
-        self.norm0, self.norm1, self.norm2 = norm(obs_dim), norm(400), norm(300)
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400, 300)
-        self.fc_mu = nn.Linear(300, len(low))
+        self.input, (size0, size1, size2), output_bound = input_layers(obs_shape, batch_norm)
+        self.fc1 = nn.Linear(size0, size1)
+        self.norm1 = nn.BatchNorm1d(size1) if batch_norm else nn.Identity()  # section 3: all layers; the output, which
+        self.fc2 = nn.Linear(size1, size2)  # section 7 starts near zero, would lose that
+        self.norm2 = nn.BatchNorm1d(size2) if batch_norm else nn.Identity()
+        self.fc_mu = nn.Linear(size2, len(low))
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
-        init_weights(self, self.fc_mu, 3e-3, weights_init)
+        init_weights(self, self.fc_mu, output_bound, weights_init)
 
     def forward(self, obs):
-        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)
+        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)
         x = F.relu(self.norm2(self.fc2(x)), inplace=True)
         return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
 
@@ -228,9 +254,12 @@ class ReplayBuffer:
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
+    def draw(self, batch_size: int) -> torch.Tensor:
+        """Indices of transitions, uniformly, with replacement."""
+        return (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
+
     def sample(self, batch_size: int) -> Batch:
-        """Transitions drawn uniformly, with replacement."""
-        indices = (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
+        indices = self.draw(batch_size)
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -242,6 +271,32 @@ class ReplayBuffer:
         self.added = state["added"]
         self.rows[: len(state["rows"])] = state["rows"]
         self.size.fill_(len(state["rows"]))
+
+
+class PixelReplayBuffer(ReplayBuffer):
+    """The same for pixels: the frames of obs and next_obs stay uint8, the rest is a float32 row."""
+
+    def __init__(self, capacity: int, obs_shape, action_dim: int, device: torch.device):
+        super().__init__(capacity, 0, action_dim, device)
+        self.frames = torch.empty(capacity, 2, *obs_shape, dtype=torch.uint8, device=device)
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        self.frames[self.added % len(self.rows)] = torch.from_numpy(np.stack([obs, next_obs]))
+        super().add([], action, reward, [], terminated)
+
+    def sample(self, batch_size: int) -> Batch:
+        indices = self.draw(batch_size)
+        obs, next_obs = self.frames.index_select(0, indices).unbind(1)
+        _, action, reward, _, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
+        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+
+    def state_dict(self):
+        filled = self.frames[: min(self.added, len(self.rows))].cpu().numpy()
+        return super().state_dict() | {"frames": torch.from_numpy(filled)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.frames[: len(state["frames"])] = state["frames"]
 
 
 class OrnsteinUhlenbeckNoise:
@@ -373,18 +428,60 @@ def check_args(args: Args):
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
+class PixelObservation(gym.Wrapper):
+    """Section 7: a step repeats the action three times and observes the three frames, 64 x 64 RGB: (9, 64, 64) uint8.
+
+    Rewards are summed. An episode that ends within the repeat shows its last frame for the missing ones, and one that
+    begins shows its first three times.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (9, 64, 64), np.uint8)
+
+    def frame(self):
+        frame = torch.from_numpy(self.env.render().copy()).permute(2, 0, 1)
+        return frame if frame.shape[1:] == (64, 64) else F.adaptive_avg_pool2d(frame.float(), 64).byte()
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        return torch.cat([self.frame()] * 3).numpy(), info
+
+    def step(self, action):
+        frames, total = [], 0.0
+        while len(frames) < 3:
+            _, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            frames.append(self.frame())
+            if terminated or truncated:
+                frames += [frames[-1]] * (3 - len(frames))
+        return torch.cat(frames).numpy(), total, terminated, truncated, info
+
+
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     env_id = args.env_id
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
+        render_mode = "rgb_array" if video_dir or args.pixels else None
+        try:  # a small frame is rendered sooner than a large one is shrunk, where the environment takes its size
+            env = gym.make(env_id, render_mode=render_mode, **(dict(width=64, height=64) if args.pixels else {}))
+        except TypeError:
+            env = gym.make(env_id, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
         require(False, error)  # Gymnasium names the near matches
+    if args.pixels:
+        env = PixelObservation(env)
+        try:
+            env.reset()
+        except Exception as error:  # a missing GL shows in many ways
+            remedy = "needs render_mode rgb_array and, without a screen, EGL: apt-get install libegl1 libgl1-mesa-dri"
+            require(False, f"{env_id} cannot be rendered, --pixels {remedy} ({error})".replace("\n", " "))
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
-    require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    require(args.pixels or len(obs.shape) < 3, f"{env_id} observes images: --pixels learns from rendered frames")
+    require(args.pixels or len(obs.shape) == 1, f"{env_id} needs a flat observation space, but has {obs}")
+    require(len(action.shape) == 1, f"{env_id} needs a flat action space, but has {action}")
     return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
 
 
@@ -531,7 +628,6 @@ def cuda_graphed(function, warmup=3):
 def main(args: Args):
     if args.resume or args.evaluate:
         args = saved_args(Path(args.resume or args.evaluate))
-    args.batch_size = args.batch_size or (16 if args.pixels else 64)
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
@@ -543,9 +639,9 @@ def main(args: Args):
     if args.evaluate:
         run_dir = Path(args.evaluate)
         model = load(run_dir / "model.pt", device, script=SCRIPT)
-        low, high, options = model["action_low"], model["action_high"], (args.batch_norm, args.weights_init)
-        actor = Actor(model["obs_dim"], low, high, *options).to(device).eval()
-        qf = QNetwork(model["obs_dim"], len(low), *options).to(device).eval()
+        low, high, options = model["action_low"], model["action_high"], (args.batch_norm and not args.pixels,)
+        actor = Actor(model["obs_shape"], low, high, *options).to(device).eval()
+        qf = QNetwork(model["obs_shape"], len(low), *options).to(device).eval()
         actor.load_state_dict(model["actor"])
         qf.load_state_dict(model["qf"])
         returns, *_ = evaluate(actor, qf, make_eval_envs(args, run_dir), args.seed, args.gamma)
@@ -554,14 +650,14 @@ def main(args: Args):
 
     env = make_env(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
-    obs_dim = math.prod(obs_shape)
-    needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
+    obs_bytes = math.prod(obs_shape) * (1 if args.pixels else 4)
+    needed = args.buffer_size * (2 * obs_bytes + 4 * action_dim + 8) / 2**30
     free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
     require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
     default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or Path("runs") / (args.run_name or default_name))
     checkpoint = open_run(args, run_dir, device)
-    print(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
+    print(f"{args.env_id}: {obs_shape} observations, {action_dim} actions; results in {run_dir}")
     print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
     if args.track:
         import wandb
@@ -576,14 +672,16 @@ def main(args: Args):
     if args.cudagraphs:
         torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
-    actor = Actor(obs_dim, low, high, args.batch_norm, args.weights_init).to(device).eval()
-    qf = QNetwork(obs_dim, action_dim, args.batch_norm, args.weights_init).to(device).eval()
+    options = args.batch_norm and not args.pixels, args.weights_init
+    actor = Actor(obs_shape, low, high, *options).to(device).eval()
+    qf = QNetwork(obs_shape, action_dim, *options).to(device).eval()
     target_actor = copy.deepcopy(actor).requires_grad_(False)
     target_qf = copy.deepcopy(qf).requires_grad_(False)
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     qf_optimizer = adam(qf.parameters(), lr=args.critic_lr, weight_decay=args.critic_weight_decay)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    buffer_class = PixelReplayBuffer if args.pixels else ReplayBuffer
+    buffer = buffer_class(args.buffer_size, obs_shape if args.pixels else obs_shape[0], action_dim, device)
     noise = OrnsteinUhlenbeckNoise(actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
     host_obs = torch.empty(1, *obs_shape, pin_memory=device.type == "cuda")
     device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
@@ -694,7 +792,7 @@ def main(args: Args):
             log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
             shown["evaluation"] = f"{returns.mean():.1f}"
         if args.save_model and (evaluating or last_step):
-            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_dim": obs_dim}
+            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_shape": obs_shape}
             model |= {"action_low": low, "action_high": high, "actor": actor.state_dict(), "qf": qf.state_dict()}
             save(run_dir / "model.pt", model)
 
