@@ -344,18 +344,14 @@ def actor_loss(actor, qf, obs):
     return -qf(obs, actor(obs)).mean()
 
 
-def averaged(network):
-    """What a target follows: the weights, and the running averages too, so that it is one network moving slowly."""
-    return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
-
-
 def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
     """One update of Algorithm 1: the critic, then the actor, then both targets.
 
-    Only here do actor and critic normalise by the batch; the targets, like everything else, use running averages.
+    Here all four networks normalise by the batch's own statistics; everywhere else, by their running averages.
     Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
     """
-    actor.train(), qf.train()
+    for network in actor, qf, target_actor, target_qf:
+        network.train()
     qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
     qf_optimizer.zero_grad()
     qf_loss.backward()
@@ -368,8 +364,8 @@ def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, ba
         actor_optimizer.step()
         losses["losses/actor_loss"] = mu_loss.detach()
         with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
-            targets = [*averaged(target_actor), *averaged(target_qf)]
-            torch._foreach_lerp_(targets, [*averaged(actor), *averaged(qf)], tau)
+            targets = [*target_actor.parameters(), *target_qf.parameters()]
+            torch._foreach_lerp_(targets, [*actor.parameters(), *qf.parameters()], tau)
     actor.eval(), qf.eval()
     return losses
 
