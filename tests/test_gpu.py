@@ -145,8 +145,12 @@ def test_the_function_to_be_graphed_gives_the_numbers_of_the_usual_style(ddpg):
         assert losses["losses/qf1_loss"].item() == pytest.approx(qf_loss.item(), rel=1e-4)
         assert losses["losses/actor_loss"].item() == pytest.approx(mu_loss.item(), rel=1e-4, abs=1e-5)
     for network, usual in zip(training.networks, (actor, qf, target_actor, target_qf), strict=True):
-        for parameter, usual_parameter in zip(network.parameters(), usual.parameters(), strict=True):
-            torch.testing.assert_close(parameter, usual_parameter, rtol=1e-4, atol=2e-5)
+        usual_parameters = dict(usual.named_parameters())
+        for name, parameter in network.named_parameters():
+            # A shift before a batch normalisation has no effect: its gradient is rounding, which Adam makes a full step
+            norm_after = {"input.bias": "norm1", "fc1.bias": "norm1", "fc2.bias": "norm2"}.get(name)
+            if not hasattr(network, norm_after or "none"):
+                torch.testing.assert_close(parameter, usual_parameters[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
