@@ -11,6 +11,7 @@
 TABLE
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -33,7 +35,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import psutil
 import torch
@@ -44,6 +45,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
+EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
 CHECKPOINT_FORMAT = 1  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
@@ -123,8 +126,8 @@ class Args:
     """discount factor (section 7)"""
     tau: float = 0.001
     """part of the way that the targets go towards the networks in an update (section 7)"""
-    batch_size: Int | None = None
-    """transitions in a batch; by default 64, and 16 from pixels (section 7)"""
+    batch_size: Int = 0
+    """transitions in a batch; 0 stands for the paper's 64, and 16 from pixels (section 7)"""
     ou_theta: float = 0.15
     """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
     ou_sigma: float = 0.2
@@ -142,6 +145,9 @@ class Args:
     policy_frequency: Int = 1
     """critic updates to one update of the actor and the targets (Algorithm 1: 1)"""
 
+    def __post_init__(self):
+        self.batch_size = self.batch_size or (16 if self.pixels else 64)
+
 
 def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, weights_init: str):
     """Section 7: every layer uniform within 1/sqrt(fan-in), the output layer within output_bound, biases too."""
@@ -155,42 +161,61 @@ def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, wei
                 nn.init.zeros_(layer.bias)
 
 
-class QNetwork(nn.Module):
-    """Action value Q(s, a): observations (N, obs_dim) and actions (N, action_dim) to values (N,)."""
+class Convolutions(nn.Sequential):
+    """Three convolutional layers of 32 filters, no pooling (section 7): frames (N, 9, 64, 64) to features (N, 2048)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, batch_norm: bool = True, weights_init: str = "paper"):
+    def __init__(self):
+        convs = [nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1) for channels in (9, 32, 32)]
+        super().__init__(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU(), nn.Flatten())
+
+    def forward(self, frames):
+        return super().forward(frames / 255)
+
+
+def input_layers(obs_shape: tuple[int, ...], batch_norm: bool):
+    """What meets the observation, the sizes after it (input, first, second) and the output layer's bound: section 7."""
+    if len(obs_shape) == 3:
+        return Convolutions(), (2048, 200, 200), 3e-4
+    return nn.BatchNorm1d(*obs_shape) if batch_norm else nn.Identity(), (*obs_shape, 400, 300), 3e-3
+
+
+class QNetwork(nn.Module):
+    """Action value Q(s, a): observations (N, *obs_shape) and actions (N, action_dim) to values (N,)."""
+
+    def __init__(self, obs_shape, action_dim: int, batch_norm: bool = True, weights_init: str = "paper"):
         super().__init__()
-        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the layers before the action input
-        self.norm0, self.norm1 = norm(obs_dim), norm(400)
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400 + action_dim, 300)  # section 7: actions enter at the second hidden layer
-        self.fc3 = nn.Linear(300, 1)
-        init_weights(self, self.fc3, 3e-3, weights_init)
+        self.input, (size0, size1, size2), output_bound = input_layers(obs_shape, batch_norm)
+        self.fc1 = nn.Linear(size0, size1)
+        self.norm1 = nn.BatchNorm1d(size1) if batch_norm else nn.Identity()  # section 3: up to the action input
+        self.fc2 = nn.Linear(size1 + action_dim, size2)  # section 7: where the action enters
+        self.fc3 = nn.Linear(size2, 1)
+        init_weights(self, self.fc3, output_bound, weights_init)
 
     def forward(self, obs, action):
-        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)  # in place: 2 % of an update on a CPU
         x = F.relu(self.fc2(torch.cat([x, action], 1)), inplace=True)
         return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
 
 
 class Actor(nn.Module):
-    """Deterministic policy mu(s): observations (N, obs_dim) to actions (N, action_dim) within [low, high]."""
+    """Deterministic policy mu(s): observations (N, *obs_shape) to actions (N, action_dim) within [low, high]."""
 
-    def __init__(self, obs_dim: int, low, high, batch_norm: bool = True, weights_init: str = "paper"):
+    def __init__(self, obs_shape, low, high, batch_norm: bool = True, weights_init: str = "paper"):
         super().__init__()
-        norm = nn.BatchNorm1d if batch_norm else nn.Identity  # section 3: the state input and all layers
-        self.norm0, self.norm1, self.norm2 = norm(obs_dim), norm(400), norm(300)
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400, 300)
-        self.fc_mu = nn.Linear(300, len(low))
+        self.input, (size0, size1, size2), output_bound = input_layers(obs_shape, batch_norm)
+        self.fc1 = nn.Linear(size0, size1)
+        self.norm1 = nn.BatchNorm1d(size1) if batch_norm else nn.Identity()  # section 3: all layers; the output, which
+        self.fc2 = nn.Linear(size1, size2)  # section 7 starts near zero, would lose that
+        self.norm2 = nn.BatchNorm1d(size2) if batch_norm else nn.Identity()
+        self.fc_mu = nn.Linear(size2, len(low))
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
-        init_weights(self, self.fc_mu, 3e-3, weights_init)
+        init_weights(self, self.fc_mu, output_bound, weights_init)
 
     def forward(self, obs):
-        x = F.relu(self.norm1(self.fc1(self.norm0(obs))), inplace=True)
+        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)
         x = F.relu(self.norm2(self.fc2(x)), inplace=True)
         return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
 
@@ -230,7 +255,9 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        indices = (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
+        indices = self.indices = (
+            torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size
+        ).long()
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -244,10 +271,35 @@ class ReplayBuffer:
         self.size.fill_(len(state["rows"]))
 
 
-class OrnsteinUhlenbeckNoise:
-    """Exploration noise: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), starting at 0 in each episode (section 7).
+class PixelReplayBuffer(ReplayBuffer):
+    """The same for pixels: float32 rows without observations, and beside them uint8 frames (capacity, 2, 9, 64, 64)."""
 
-    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps. `scale` has shape (action_dim,).
+    def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_dim: int, device: torch.device):
+        super().__init__(capacity, 0, action_dim, device)
+        self.frames = torch.empty(capacity, 2, *obs_shape, dtype=torch.uint8, device=device)
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        self.frames[self.added % len(self.rows)] = torch.from_numpy(np.stack([obs, next_obs]))
+        super().add([], action, reward, [], terminated)
+
+    def sample(self, batch_size: int) -> Batch:
+        batch = super().sample(batch_size)
+        obs, next_obs = self.frames.index_select(0, self.indices).unbind(1)
+        return batch._replace(obs=obs, next_obs=next_obs)
+
+    def state_dict(self):
+        filled = self.frames[: min(self.added, len(self.rows))].cpu().numpy()
+        return super().state_dict() | {"frames": torch.from_numpy(filled)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.frames[: len(state["frames"])] = state["frames"]
+
+
+class OrnsteinUhlenbeckNoise:
+    """Exploration noise, from 0 in each episode: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7).
+
+    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps; with 0.01, at 0.37 and in 666.
     """
 
     def __init__(self, scale: torch.Tensor, theta: float, sigma: float, dt: float):
@@ -289,18 +341,14 @@ def actor_loss(actor, qf, obs):
     return -qf(obs, actor(obs)).mean()
 
 
-def averaged(network):
-    """What a target follows: the weights, and the running averages too, so that it is one network moving slowly."""
-    return [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
-
-
 def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
     """One update of Algorithm 1: the critic, then the actor, then both targets.
 
-    Only here do actor and critic normalise by the batch; the targets, like everything else, use running averages.
+    Here all four networks normalise by the batch's own statistics; everywhere else, by their running averages.
     Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
     """
-    actor.train(), qf.train()
+    for network in actor, qf, target_actor, target_qf:
+        network.train()
     qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
     qf_optimizer.zero_grad()
     qf_loss.backward()
@@ -313,8 +361,8 @@ def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, ba
         actor_optimizer.step()
         losses["losses/actor_loss"] = mu_loss.detach()
         with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
-            targets = [*averaged(target_actor), *averaged(target_qf)]
-            torch._foreach_lerp_(targets, [*averaged(actor), *averaged(qf)], tau)
+            targets = [*target_actor.parameters(), *target_qf.parameters()]
+            torch._foreach_lerp_(targets, [*actor.parameters(), *qf.parameters()], tau)
     actor.eval(), qf.eval()
     return losses
 
@@ -344,6 +392,9 @@ def evaluate(actor, qf, envs, seed, gamma):
             if terminated or truncated:
                 running.remove(i)
         step += 1
+    for env in envs:
+        if isinstance(env, gym.wrappers.RecordVideo):
+            env.stop_recording()  # which writes the video
     return returns, discounted, q_estimates
 
 
@@ -352,6 +403,12 @@ def require(condition, message):
     if not condition:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def warn(text: str):
+    """One line on stderr, the first time."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def check_args(args: Args):
@@ -364,6 +421,7 @@ def check_args(args: Args):
             require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
     require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
+    require(args.batch_size > 1 or not args.batch_norm, "--batch-size must be at least 2: batch normalisation needs it")
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
@@ -373,19 +431,64 @@ def check_args(args: Args):
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
+class PixelObservation(gym.Wrapper):
+    """A step repeats the action three times and observes the three frames, 64 x 64 RGB: (9, 64, 64) uint8 (section 7).
+
+    Rewards are summed. Where an episode begins or ends there are fewer frames: the one at its edge stands in for them.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(0, 255, (9, 64, 64), np.uint8)
+        if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+            renderer.width = renderer.height = 64  # sooner than drawing 480 x 480 and shrinking
+
+    def frame(self):
+        frame = torch.from_numpy(self.env.render().copy()).permute(2, 0, 1)
+        return frame if frame.shape[1:] == (64, 64) else F.adaptive_avg_pool2d(frame.float(), 64).byte()
+
+    def reset(self, **kwargs):
+        _, info = self.env.reset(**kwargs)
+        return torch.cat([self.frame()] * 3).numpy(), info
+
+    def step(self, action):
+        frames, total = [], 0.0
+        while len(frames) < 3:
+            _, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            frames.append(self.frame())
+            if terminated or truncated:
+                frames += [frames[-1]] * (3 - len(frames))
+        return torch.cat(frames).numpy(), total, terminated, truncated, info
+
+
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     env_id = args.env_id
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
+        env = gym.make(env_id, render_mode="rgb_array" if video_dir or args.pixels else None)
     except (gym.error.Error, ModuleNotFoundError) as error:
         require(False, error)  # Gymnasium names the near matches
+    env = PixelObservation(env) if args.pixels else env
+    if env.render_mode:
+        check_rendering(env)
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
-    require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    flat = args.pixels or len(obs.shape) == 1
+    require(args.pixels or len(obs.shape) < 3, f"{env_id} observes images: --pixels learns from pixels")
+    require(flat and len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
     return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
+
+
+def check_rendering(env: gym.Env):
+    try:
+        env.reset()
+        assert isinstance(env.render(), np.ndarray), "it renders no rgb_array"
+    except Exception as error:  # a missing GL shows in many ways
+        reason = " ".join(str(error).split())
+        remedy = "without a screen that takes EGL (apt-get install libegl1 libgl1-mesa-dri)"
+        require(False, f"cannot render {env.spec.id}, {remedy}: {reason}")
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
@@ -404,7 +507,7 @@ def save(path: Path, contents) -> bool:
         temporary.replace(path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
-        tqdm.write(f"warning: cannot write {path}: {error}", file=sys.stderr)
+        warn(f"cannot write {path}, training goes on: {error}")
         return False
     finally:
         temporary.unlink(missing_ok=True)
@@ -425,32 +528,30 @@ def load(path: Path, device, **expected) -> dict:
 
 
 class Log(SummaryWriter):
-    """TensorBoard's log. When it can't be written any more it says so, once, and training goes on."""
-
-    failed = False
-
-    def attempt(self, call, *args):
-        try:
-            if not self.failed:
-                call(*args)
-        except OSError as error:
-            self.failed = True
-            tqdm.write(f"warning: TensorBoard's log ends here: {error}", file=sys.stderr)
+    """TensorBoard's log; where it can't be written it says so, and training goes on."""
 
     def add(self, scalars: dict, global_step: int):
-        for tag, value in scalars.items():
-            self.attempt(self.add_scalar, tag, value, global_step)
+        try:
+            for tag, value in scalars.items():
+                self.add_scalar(tag, value, global_step)
+            self.flush()
+        except OSError as error:
+            warn(f"TensorBoard's log ends here, training goes on: {error}")
+
+    def close(self):
+        with contextlib.suppress(OSError):  # it has been said
+            super().close()
 
 
-def provenance(args: Args, device) -> dict:
-    """Every flag, the code, the versions and the machine."""
+def provenance(device) -> dict:
+    """The code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions["python"] = platform.python_version()
     hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    versions["python"] = platform.python_version()
-    return {"args": asdict(args), "commit": commit, "versions": versions, "hardware": hardware}
+    return {"commit": commit, "versions": versions, "hardware": hardware}
 
 
 def saved_args(run_dir: Path) -> Args:
@@ -469,26 +570,27 @@ def saved_args(run_dir: Path) -> Args:
 
 def open_run(args: Args, run_dir: Path, device) -> dict | None:
     """Make the run's folder; with --resume, go back to its checkpoint and cut off the log rows after it."""
-    record, checkpoint, path = provenance(args, device), None, run_dir / "checkpoint.pt"
+    args_path, path, checkpoint, record = run_dir / "args.json", run_dir / "checkpoint.pt", None, provenance(device)
     if args.resume:
-        record = json.loads((run_dir / "args.json").read_text()) | {"args": asdict(args) | {"resume": None}}
+        record = json.loads(args_path.read_text())
+        args.resume = None
         if path.exists():
             checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
             others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
-            require(set(others) <= {"resume", "total_timesteps"}, f"{path} is of a run with another {others}")
-        elif (run_dir / "result.json").exists():
-            require(False, f"{run_dir} is complete and kept no checkpoint to go on from (--keep-checkpoint)")
+            require(set(others) <= {"total_timesteps"}, f"{path} is of a run with another {', '.join(others)}")
+        complete = (run_dir / "result.json").exists()
+        require(path.exists() or not complete, f"{run_dir} is complete and kept no checkpoint (--keep-checkpoint)")
     else:
-        require(not (run_dir / "args.json").exists(), f"{run_dir} is taken: --resume it, or choose another --run-name")
+        require(not args_path.exists(), f"{run_dir} holds a run: --resume it, or choose another --run-name")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)
-        for log in run_dir.glob("events.out.tfevents.*"):
+        for log in run_dir.glob(EVENT_FILES):
             size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
             log.unlink() if size is None else os.truncate(log, size)
     except OSError as error:
         require(False, f"cannot write to {run_dir}: {error}")
-    require(save(run_dir / "args.json", json.dumps(record, indent=2)), f"cannot write to {run_dir}")
+    require(save(args_path, json.dumps(record | {"args": asdict(args)}, indent=2)), f"cannot write to {run_dir}")
     return checkpoint
 
 
@@ -531,60 +633,52 @@ def cuda_graphed(function, warmup=3):
 def main(args: Args):
     if args.resume or args.evaluate:
         args = saved_args(Path(args.resume or args.evaluate))
-    args.batch_size = args.batch_size or (16 if args.pixels else 64)
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
+    try:
+        import mujoco  # fails where MUJOCO_GL names a GL that is not there
+    except (ImportError, AttributeError) as error:
+        require(False, f"unset MUJOCO_GL, or install what it names: {error}")
+    mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
+    warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # file names carry the step
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
-    if args.evaluate:
-        run_dir = Path(args.evaluate)
-        model = load(run_dir / "model.pt", device, script=SCRIPT)
-        low, high, options = model["action_low"], model["action_high"], (args.batch_norm, args.weights_init)
-        actor = Actor(model["obs_dim"], low, high, *options).to(device).eval()
-        qf = QNetwork(model["obs_dim"], len(low), *options).to(device).eval()
-        actor.load_state_dict(model["actor"])
-        qf.load_state_dict(model["qf"])
-        returns, *_ = evaluate(actor, qf, make_eval_envs(args, run_dir), args.seed, args.gamma)
-        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
-        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
-
     env = make_env(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
-    obs_dim = math.prod(obs_shape)
-    needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
-    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
-    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
-    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    run_dir = Path(args.resume or Path("runs") / (args.run_name or default_name))
-    checkpoint = open_run(args, run_dir, device)
-    print(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
-    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
-    if args.track:
-        import wandb
-
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
 
     # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    if args.cudagraphs:
-        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
-    actor = Actor(obs_dim, low, high, args.batch_norm, args.weights_init).to(device).eval()
-    qf = QNetwork(obs_dim, action_dim, args.batch_norm, args.weights_init).to(device).eval()
+    options = args.batch_norm and not args.pixels, args.weights_init
+    actor = Actor(obs_shape, low, high, *options).to(device).eval()
+    qf = QNetwork(obs_shape, action_dim, *options).to(device).eval()
+    if args.evaluate:
+        model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT)
+        actor.load_state_dict(model["actor"])
+        qf.load_state_dict(model["qf"])
+        returns, *_ = evaluate(actor, qf, make_eval_envs(args, Path(args.evaluate)), args.seed, args.gamma)
+        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
     target_actor = copy.deepcopy(actor).requires_grad_(False)
     target_qf = copy.deepcopy(qf).requires_grad_(False)
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     qf_optimizer = adam(qf.parameters(), lr=args.critic_lr, weight_decay=args.critic_weight_decay)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    obs_bytes = math.prod(obs_shape) * (1 if args.pixels else 4)
+    needed = args.buffer_size * (2 * obs_bytes + 4 * action_dim + 8) / 2**30
+    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
+    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
+    buffer_class, obs_size = (PixelReplayBuffer, obs_shape) if args.pixels else (ReplayBuffer, obs_shape[0])
+    buffer = buffer_class(args.buffer_size, obs_size, action_dim, device)
     noise = OrnsteinUhlenbeckNoise(actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
+    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
+    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
+
     host_obs = torch.empty(1, *obs_shape, pin_memory=device.type == "cuda")
     device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
 
@@ -599,142 +693,138 @@ def main(args: Args):
     if args.compile:
         act, learn = torch.compile(act), torch.compile(learn)
     if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
         act, learn = cuda_graphed(act), cuda_graphed(learn)
 
+    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+    run_dir = Path(args.resume or Path("runs", args.run_name or default_name))
+    checkpoint = open_run(args, run_dir, device)
+    print(f"{args.env_id}: observations {obs_shape}, {action_dim} actions; results in {run_dir}")
+    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+
+    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
+    eval_rows, last_checkpoint, start_time = [EVAL_COLUMNS], 0, time.time()
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
-    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
-    eval_rows, first_step, earlier_seconds = [], 1, 0.0
-    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
-    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        eval_rows, last_checkpoint = checkpoint["eval_rows"], checkpoint["global_step"]
+        start_time -= checkpoint["seconds"]
         restore_random_states(checkpoint["random_states"], env)
-        noise.reset()
-        eval_rows, first_step = checkpoint["eval_rows"], checkpoint["global_step"] + 1
-        earlier_seconds = checkpoint["seconds"]
         obs, _ = env.reset()
+        noise.reset()
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
-    threading.excepthook = lambda _: None  # errors of the log's writer thread come back in the next call
-    log = Log(str(run_dir))
-    flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-    bar = tqdm(total=args.total_timesteps, initial=first_step - 1, unit=" steps", disable=None, dynamic_ncols=True)
-
-    def stop(code, message):
-        bar.close()
-        log.attempt(log.close)
-        print(message, file=sys.stderr)
-        sys.exit(code)
-
     def on_signal(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        stop(128 + number, f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}")
+        tqdm.write(f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}", file=sys.stderr)
+        sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
+    episode_return, episode_length, shown = 0.0, 0, {}
+    bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=None, dynamic_ncols=True)
+    with Log(str(run_dir)) as log, bar:
+        flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+        for global_step in range(last_checkpoint + 1, args.total_timesteps + 1):
+            # Select action a_t = mu(s_t) + N_t
+            if global_step <= args.learning_starts:
+                action = env.action_space.sample()
+            else:
+                host_obs.numpy()[0] = obs
+                device_obs.copy_(host_obs, non_blocking=True)
+                greedy, action = act().cpu().numpy()  # the only wait for the device in a step
 
-    last_checkpoint, episode_return, episode_length, shown = first_step - 1, 0.0, 0, {}
-    start_time = log_time = time.time()
-    log_step = first_step - 1
-    for global_step in range(first_step, args.total_timesteps + 1):
-        # Select action a_t = mu(s_t) + N_t
-        if global_step <= args.learning_starts:
-            action = env.action_space.sample()
-        else:
-            host_obs.numpy()[0] = obs
-            device_obs.copy_(host_obs, non_blocking=True)
-            greedy, action = act().cpu().numpy()  # the only wait for the device in a step
+            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs = next_obs
+            episode_return += float(reward)
+            episode_length += 1
 
-        # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
-        episode_return += float(reward)
-        episode_length += 1
+            # Sample a batch; update the critic, the actor and the targets
+            learning = global_step > args.learning_starts
+            if learning:
+                losses, batch = learn(global_step % args.policy_frequency == 0)
 
-        # Sample a batch; update the critic, the actor and the targets
-        learning = global_step > args.learning_starts
-        if learning:
-            losses, batch = learn(global_step % args.policy_frequency == 0)
+            last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
+            evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
+            every = args.checkpoint_interval
+            saving = every and episode_over and global_step // every > last_checkpoint // every
 
-        last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
-        evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
-        every = args.checkpoint_interval
-        saving = every and episode_over and global_step // every > last_checkpoint // every
+            if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
+                scalars = {tag: loss.item() for tag, loss in losses.items()}
+                if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                    advice = "lower the learning rate, or look for huge rewards and observations"
+                    sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
+                with torch.no_grad():
+                    used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
+                scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
+                scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
+                for name, network in ("actor", actor), ("qf1", qf):
+                    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                    scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
+                scalars["charts/SPS"] = global_step / (time.time() - start_time)
+                log.add(scalars, global_step)
 
-        if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
-            scalars = {tag: loss.item() for tag, loss in losses.items()}
-            if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
-                advice = "try a lower --learning-rate, or look for huge rewards and observations"
-                stop(1, f"error: loss not finite at step {global_step}: {scalars}; {advice}; what was saved is kept")
-            with torch.no_grad():
-                used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
-            scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
-            scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
-            for name, network in ("actor", actor), ("qf1", qf):
-                grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-                scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
-            scalars["charts/SPS"] = (global_step - log_step) / (time.time() - log_time)
-            log.add(scalars, global_step)
-            log_time, log_step = time.time(), global_step
+            if evaluating:
+                if args.capture_video:
+                    eval_envs[0].name_prefix = f"step-{global_step}"
+                returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+                statistics = returns.mean(), returns.std(), returns.min(), returns.max()
+                eval_rows.append([global_step, *map(float, statistics), len(returns)])
+                save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
+                scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
+                log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
+                shown["evaluation"] = f"{returns.mean():.1f}"
+            if args.save_model and (evaluating or last_step):
+                model = dict(script=SCRIPT, env_id=args.env_id, obs_shape=obs_shape, global_step=global_step)
+                save(run_dir / "model.pt", model | dict(actor=actor.state_dict(), qf=qf.state_dict()))
 
-        if evaluating:
-            if args.capture_video:
-                eval_envs[0].name_prefix = f"step-{global_step}"
-            returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
-            statistics = returns.mean(), returns.std(), returns.min(), returns.max()
-            eval_rows.append([global_step, *map(float, statistics), len(returns)])
-            header = "global_step,mean,std,min,max,episodes"
-            save(run_dir / "eval.csv", "\n".join([header, *(",".join(map(repr, row)) for row in eval_rows), ""]))
-            scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
-            log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
-            shown["evaluation"] = f"{returns.mean():.1f}"
-        if args.save_model and (evaluating or last_step):
-            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_dim": obs_dim}
-            model |= {"action_low": low, "action_high": high, "actor": actor.state_dict(), "qf": qf.state_dict()}
-            save(run_dir / "model.pt", model)
+            if episode_over:
+                scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
+                log.add(scalars, global_step)
+                shown["return"] = f"{episode_return:.1f}"
+                bar.set_postfix(shown, refresh=False)
+                episode_return, episode_length = 0.0, 0
+                if saving:
+                    last_checkpoint, seconds = global_step, time.time() - start_time
+                    log_sizes = {path.name: path.stat().st_size for path in run_dir.glob(EVENT_FILES)}
+                    checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=asdict(args), seconds=seconds)
+                    checkpoint |= dict(global_step=global_step, eval_rows=eval_rows, log_sizes=log_sizes)
+                    checkpoint |= dict(random_states=random_states(env))
+                    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+                    save(run_dir / "checkpoint.pt", checkpoint)
+                obs, _ = env.reset()
+                noise.reset()
 
-        if episode_over:
-            log.add({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}, global_step)
-            shown["return"] = f"{episode_return:.1f}"
-            episode_return, episode_length = 0.0, 0
-            if saving:
-                last_checkpoint = global_step
-                log.attempt(log.flush)
-                checkpoint = {"script": SCRIPT, "format": CHECKPOINT_FORMAT, "args": asdict(args) | {"resume": None}}
-                checkpoint |= {"global_step": global_step, "eval_rows": eval_rows, "random_states": random_states(env)}
-                checkpoint["seconds"] = earlier_seconds + time.time() - start_time
-                checkpoint["log_sizes"] = {f.name: f.stat().st_size for f in run_dir.glob("events.out.tfevents.*")}
-                save(run_dir / "checkpoint.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
-            obs, _ = env.reset()
-            noise.reset()
+            bar.update()
+            if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
+                speed = global_step / (time.time() - start_time)
+                left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
+                known = "".join(f"{name} {value}, " for name, value in shown.items())
+                print(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left", flush=True)
 
-        bar.update()
-        bar.set_postfix(shown, refresh=False)
-        if bar.disable and (global_step % (args.eval_interval or 5_000) == 0 or last_step):  # not on a terminal
-            speed = (global_step - first_step + 1) / (time.time() - start_time)
-            left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-            known = ", ".join(f"{name} {value}" for name, value in shown.items())
-            step_of = f"step {global_step:,} of {args.total_timesteps:,}"
-            print(f"{step_of}: {known}, {speed:.0f} steps/s, {left} left", flush=True)
-
-    bar.close()
-    log.attempt(log.close)
     for each in [env, *eval_envs]:
         each.close()
-    seconds = earlier_seconds + time.time() - start_time
-    final = [row[1] for row in eval_rows[-10:]]
-    result = {"global_step": args.total_timesteps, "final_return": float(np.mean(final)) if final else None}
-    result |= {"evaluations": len(eval_rows), "seconds": seconds, "steps_per_second": args.total_timesteps / seconds}
+    final = [row[1] for row in eval_rows[1:]][-10:]  # the final return is the mean of the last 10 evaluations
+    result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
+    result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
+    result["steps_per_second"] = args.total_timesteps / result["seconds"]
     if not save(run_dir / "result.json", json.dumps(result, indent=2)):
         sys.exit(1)
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations")
+    print(f"complete: {result}")
 
 
 if __name__ == "__main__":

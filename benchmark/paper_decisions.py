@@ -7,6 +7,7 @@ table goes to benchmark/results/paper_decisions.csv and to the terminal.
 """
 
 import csv
+import functools
 import os
 import statistics
 import subprocess
@@ -19,11 +20,11 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"  # the scripts write to runs/ of the folder they are started in
-STEPS = {"Pendulum-v1": 20_000, "HalfCheetah-v5": 30_000}
+STEPS = {"Pendulum-v1": 20_000, "HalfCheetah-v5": 20_000}
 VARIANTS = {
     "default": [],
-    "targets normalise by the batch": [],
-    "targets copy the running averages": [],
+    "targets use slowly following running averages": [],
+    "targets use copied running averages": [],
     "OU time step 0.01": ["--ou-dt", "0.01"],
     "learning starts after 64 steps": ["--learning-starts", "64"],
     "learning starts after 10,000 steps": ["--learning-starts", "10_000"],
@@ -53,30 +54,29 @@ def run(variant: str, env_id: str, seed: int):
 def train(variant: str, flags: list[str]):
     """Train with the variant's change to the script's functions."""
     sys.path.insert(0, str(ROOT))
-    import ddpg_paper_faithful as ddpg
     import torch
+
+    import ddpg_paper_faithful as ddpg
 
     update, critic_loss = ddpg.update, ddpg.critic_loss
 
-    def batch_targets(qf, target_actor, target_qf, batch, gamma):
-        target_actor.train(), target_qf.train()
-        loss = critic_loss(qf, target_actor, target_qf, batch, gamma)
+    def critic_loss_with_averages(qf, target_actor, target_qf, batch, gamma):
         target_actor.eval(), target_qf.eval()
-        return loss
+        return critic_loss(qf, target_actor, target_qf, batch, gamma)
 
-    @torch.no_grad()
-    def copied_averages(actor, qf, target_actor, target_qf, *rest):
-        with torch.enable_grad():
-            losses = update(actor, qf, target_actor, target_qf, *rest)
-        for network, target in (actor, target_actor), (qf, target_qf):
-            for buffer, target_buffer in zip(network.buffers(), target.buffers(), strict=True):
-                target_buffer.copy_(buffer)
+    def update_with_averages(actor, qf, target_actor, target_qf, *rest, tau):
+        losses = update(actor, qf, target_actor, target_qf, *rest)
+        with torch.no_grad():
+            for network, target in (actor, target_actor), (qf, target_qf):
+                for buffer, target_buffer in zip(network.buffers(), target.buffers(), strict=True):
+                    if buffer.is_floating_point():
+                        target_buffer.lerp_(buffer, tau)
         return losses
 
-    if variant == "targets normalise by the batch":
-        ddpg.critic_loss = batch_targets
-    if variant == "targets copy the running averages":
-        ddpg.update = copied_averages
+    if "running averages" in variant:
+        tau = 1.0 if "copied" in variant else 0.001
+        ddpg.critic_loss = critic_loss_with_averages
+        ddpg.update = functools.partial(update_with_averages, tau=tau)
     ddpg.main(tyro.cli(ddpg.Args, args=flags))
 
 
