@@ -16,8 +16,8 @@ from test_resume import PAPER, SMALL, TUNED, Run, outcome, run
 
 KILLS = 20
 RUNS = {
-    "HalfCheetah-v5": "--total-timesteps 6000 --learning-starts 1500 --buffer-size 3500 --eval-interval 800",
-    "Hopper-v5": "--total-timesteps 4000 --learning-starts 500 --buffer-size 1500 --eval-interval 300",
+    "HalfCheetah-v5": "--total-timesteps 4000 --learning-starts 1000 --buffer-size 2500 --eval-interval 800",
+    "Hopper-v5": "--total-timesteps 2500 --learning-starts 400 --buffer-size 1200 --eval-interval 300",
 }
 
 
