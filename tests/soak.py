@@ -5,6 +5,7 @@ python tests/soak.py [seed]
 
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,20 +25,23 @@ RUNS = {
 def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
     start = time.time()
     assert run(cwd, script, flags.replace("--run-name x", "--run-name y")).code == 0
-    duration, run_dir, kills, steps, halves = time.time() - start, cwd / "runs/x", 0, [], 0
-    while not (run_dir / "result.json").exists():
-        process = Run(cwd, script, "--resume runs/x" if (run_dir / "args.json").exists() else flags)
-        if kills < KILLS:
-            time.sleep(rng.uniform(0.02, 0.02 + 4 / KILLS) * duration)
-            os.kill(process.pid, signal.SIGKILL)
-        ended = process.wait(600)
-        assert ended.code in (0, -signal.SIGKILL), ended.output
-        kills += ended.code == -signal.SIGKILL
-        checkpoint = run_dir / "checkpoint.pt"
-        steps.append(torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.exists() else 0)
-        halves += len(list(run_dir.glob("*.tmp")))
-    equal = outcome(run_dir) == outcome(cwd / "runs/y")
-    return f"{kills} kills, {halves} while writing, checkpoints {steps}: {'the same bytes' if equal else 'DIFFERENT'}"
+    duration, run_dir, kills, writing, runs, steps = time.time() - start, cwd / "runs/x", 0, 0, 0, []
+    while kills < KILLS:  # and again, until there were enough of them
+        shutil.rmtree(run_dir, ignore_errors=True)
+        while not (run_dir / "result.json").exists():
+            process = Run(cwd, script, "--resume runs/x" if (run_dir / "args.json").exists() else flags)
+            if kills < KILLS:
+                time.sleep(rng.uniform(0.02, 0.3) * duration)
+                os.kill(process.pid, signal.SIGKILL)
+            ended = process.wait(600)
+            assert ended.code in (0, -signal.SIGKILL), ended.output
+            kills += ended.code == -signal.SIGKILL
+            writing += len(list(run_dir.glob("*.tmp")))
+            checkpoint = run_dir / "checkpoint.pt"
+            steps += [torch.load(checkpoint, weights_only=True)["global_step"]] if checkpoint.exists() else []
+        assert outcome(run_dir) == outcome(cwd / "runs/y")
+        runs += 1
+    return f"{kills} kills ({writing} while writing), {runs} runs, all the same bytes; resumed from {steps}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped or out of disk, and their resumption, in real processes."""
 
+import atexit
 import hashlib
 import importlib
 import json
@@ -62,6 +63,7 @@ def ask_nursery(**job) -> list[str]:
         command, env = [sys.executable, "-c", NURSERY], os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         ask_nursery.process = subprocess.Popen(command, env=env, **pipes)
+        atexit.register(ask_nursery.process.communicate)  # it ends when its input does
     print(json.dumps(job), file=ask_nursery.process.stdin, flush=True)
     return ask_nursery.process.stdout.readline().split()
 
@@ -212,19 +214,15 @@ CASES = {  # truncation only, termination, batch norm and OU noise; a buffer tha
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments(tmp_path, uninterrupted, case):
-    """Half a minute of such kills is in tests/soak.py."""
-    (script, flags), rng = CASES[case], random.Random(case)
+    """tests/soak.py has more and longer ones."""
+    (script, flags), rng, run_dir = CASES[case], random.Random(), tmp_path / "runs/x"
     expected, cpu_seconds = uninterrupted(script, flags)
-    resumed_from_checkpoint = 0
-    for kill_at in (0.75, rng.uniform(0.2, 0.8), None):
-        hook = kill_after(kill_at * cpu_seconds) if kill_at else ""
-        ended = run(tmp_path, script, flags if kill_at == 0.75 else "--resume runs/x", hook)
-        assert ended.code == (-signal.SIGPROF if kill_at == 0.75 else ended.code)
-        if ended.code == 0:
-            break
-        resumed_from_checkpoint += (tmp_path / "runs/x/checkpoint.pt").exists()
-    assert ended.code == 0 and resumed_from_checkpoint, ended.output
-    assert outcome(tmp_path / "runs/x") == expected
+    assert run(tmp_path, script, flags, kill_after(0.8 * cpu_seconds)).code == -signal.SIGPROF
+    assert (run_dir / "checkpoint.pt").exists()
+    if run(tmp_path, script, "--resume runs/x", kill_after(rng.uniform(0.1, 0.5) * cpu_seconds)).code:
+        if not (run_dir / "result.json").exists():
+            assert run(tmp_path, script, "--resume runs/x").code == 0
+    assert outcome(run_dir) == expected
 
 
 HALF_A_FILE = "args[1].write(b'half'); args[1].flush(); " + send(signal.SIGKILL)
@@ -342,7 +340,7 @@ def test_refuses_flags(broken_off):
     assert_refused(broken_off, TUNED, "--resume runs", "runs holds no run of ddpg_continuous_action.py")
     assert_refused(broken_off, TUNED, "--resume runs/y", "runs/y holds no run")
     assert_refused(broken_off, PAPER, "--resume runs/x", "runs/x holds no run of ddpg_paper_faithful.py")
-    assert_refused(broken_off, TUNED, PENDULUM, "runs/x is taken")
+    assert_refused(broken_off, TUNED, PENDULUM, "runs/x holds a run")
     os.truncate(broken_off / "runs/x/args.json", 100)
     assert_refused(broken_off, TUNED, "--resume runs/x", "runs/x holds no run")
 
@@ -397,9 +395,9 @@ MOMENTS = {  # after the first checkpoint
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_stopped(tmp_path, uninterrupted, moment, number):
+def test_stopped(tmp_path, uninterrupted, moment):
+    number = [signal.SIGINT, signal.SIGTERM][list(MOMENTS).index(moment) % 2]
     ended = Run(tmp_path, TUNED, PENDULUM, before(*MOMENTS[moment], send(number))).wait(20)
     assert ended.code == 128 + number, ended
     assert ended.output.endswith(f"\nstopped by {number.name}; to go on: --resume runs/x\n")
@@ -415,7 +413,7 @@ def test_stopped(tmp_path, uninterrupted, moment, number):
 
 def test_stops_within_a_second_or_so(tmp_path):
     process = Run(tmp_path, TUNED, f"{SMALL} --env-id HalfCheetah-v5 --eval-interval 350 --eval-episodes 20")
-    process.wait_for("\nstep 350 of")
+    process.wait_for("\nstep 350: ")
     time.sleep(random.uniform(0, 1))
     start = time.time()
     os.kill(process.pid, signal.SIGTERM)
@@ -437,9 +435,9 @@ def test_a_second_interrupt_ends_it_at_once(tmp_path):
 FILL = "open('runs/filler', 'wb', 0).write(bytes(10**8))"
 FILL_UP_TO_64_KB = FILL + "\nos.truncate('runs/filler', os.path.getsize('runs/filler') - 2**16)"
 FULL = {  # when it happens, what then fails
-    "eval.csv": (before(STEP, 700, FILL), ["eval.csv", "model.pt", "checkpoint.pt", "result.json", "TensorBoard"]),
-    "model.pt": (before("torch.save", 3, FILL), ["model.pt", "checkpoint.pt", "result.json", "TensorBoard"]),
-    "checkpoint.pt": (before("torch.save", 4, FILL), ["checkpoint.pt", "model.pt", "result.json", "TensorBoard"]),
+    "eval.csv": (before(STEP, 700, FILL), ["eval.csv", "model.pt", "checkpoint.pt", "result.json"]),
+    "model.pt": (before("torch.save", 3, FILL), ["model.pt", "checkpoint.pt", "result.json"]),
+    "checkpoint.pt": (before("torch.save", 4, FILL), ["checkpoint.pt", "model.pt", "result.json"]),
     "large files": (before("torch.save", 3, FILL_UP_TO_64_KB), ["model.pt", "checkpoint.pt"]),
 }
 
@@ -447,7 +445,7 @@ FULL = {  # when it happens, what then fails
 def assert_went_on(ended: Ended, failed: list[str], run_dir: Path, reason: str):
     """It said so and trained to the end, but does not count as complete, and what was saved before is whole."""
     assert ended.code == 1 and "Traceback" not in ended.output, ended.output
-    assert "\nstep 700 of 700:" in ended.output
+    assert "\nstep 600: " in ended.output and "complete" not in ended.output
     for name in failed:
         lines = [line for line in ended.output.splitlines() if line.startswith("warning: ") and name in line]
         assert lines and all(reason in line for line in lines), ended.output
@@ -545,7 +543,7 @@ gymnasium.register("Wide-v0", Cheap, max_episode_steps=100, kwargs={"size": 5_00
 def test_long_runs_stay_flat(tmp_path):
     (tmp_path / "cheap.py").write_text(CHEAP)
     flags = "--env-id cheap:Cheap-v0 --total-timesteps 200e3 --learning-starts 198e3 --buffer-size 5e3"
-    flags += " --eval-interval 10e3 --eval-episodes 2 --checkpoint-interval 10e3"
+    flags += " --eval-interval 25e3 --checkpoint-interval 10e3"
     assert run(tmp_path, TUNED, f"{SMALL} {flags}").code == 0
     rows = [[int(x) for x in line.split(",")] for line in (tmp_path / "memory.csv").read_text().splitlines()]
     assert len(rows) == 200
@@ -567,15 +565,15 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     flags = f"{SMALL} --env-id cheap:Wide-v0 --total-timesteps 8050 --learning-starts 8040 --buffer-size 8e3"
     flags += " --eval-interval 0 --checkpoint-interval 8e3"
     before_saving = PEAK + "open('/proc/self/clear_refs', 'w').write('5'); print('before:', memory('VmRSS'))"
-    after_saving = PEAK + "print('peak:', memory('VmHWM'), flush=True); " + send(signal.SIGKILL)
+    after_saving = PEAK + "print('peak:', memory('VmHWM'))"
     hook = before("torch.save", 1, before_saving) + before("os.replace", 2, after_saving)
-    words = run(tmp_path, TUNED, flags, hook).output.split()
+    ended = run(tmp_path, TUNED, flags + " --keep-checkpoint", hook)
+    words = ended.output.split()
     used, peak = (float(words[words.index(word) + 1]) for word in ("before:", "peak:"))
-    assert 320 < used < peak < used + 30
-    print(f"saving 320 MB: {used:.0f} MB before, {peak:.0f} MB at the peak")
+    assert ended.code == 0 and 320 < used < peak < used + 30
 
     hook = before("torch.utils.tensorboard.SummaryWriter.__init__", 1, PEAK + "print('loaded:', memory('RssAnon'))")
-    ended = run(tmp_path, TUNED, "--resume runs/x", hook)
+    ended = run(tmp_path, TUNED, "--resume runs/x --total-timesteps 8060", hook)
     words = ended.output.split()
     assert ended.code == 0 and float(words[words.index("loaded:") + 1]) < used + 30  # what is mapped doesn't count
     assert "not here" in ended.output  # and it says that such an environment is not resumed exactly
