@@ -485,7 +485,9 @@ def section_text(name: str, flags: str, page: Path) -> str:
     if not runs:
         fail(f"{page}: no runs for the section {name} in {', '.join(map(str, args.runs))}")
     text = f"{markdown(runs, args)}\n![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
-    text += "Learning curves: mean and 95 % bootstrap band over seeds; the marked lines are the published figures, at their own step counts.\n"
+    text += (
+        "Mean and 95 % bootstrap band over seeds; the marked lines are the published figures, after their own steps.\n"
+    )
     if any(q_estimates(run) for run in runs):
         text += f"\n![Q estimates](benchmark/results/{name}/q_estimates.png)\n\n"
         text += "The critic's estimate at the start of the evaluations, and the discounted return that followed.\n"
