@@ -40,7 +40,7 @@ class Args:
     )
     """environments to measure"""
     scripts: tuple[str, ...] = ("ddpg_continuous_action", "ddpg_paper_faithful")
-    """training scripts whose untrained actors are measured; one that does not exist is left out"""
+    """training scripts whose untrained actors are measured"""
     episodes: int = 100
     """episodes of the random policy, and of the untrained networks together"""
     out: Path = ROOT / "benchmark" / "baselines.csv"
@@ -61,17 +61,18 @@ def random_returns(env_id: str, episodes: int) -> list[float]:
     return returns
 
 
-def untrained_returns(script: str, env_id: str, networks: int) -> list[float]:
-    """The mean return of each of so many freshly initialised actors, by the script's own evaluation."""
+def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
+    """The mean returns of freshly initialised actors, by the script's own evaluation."""
     module = importlib.import_module(script)
     envs = [gym.make(env_id) for _ in range(EVAL_EPISODES)]
-    obs_dim, action = envs[0].observation_space.shape[0], envs[0].action_space
+    obs_shape, action = envs[0].observation_space.shape, envs[0].action_space
+    obs = obs_shape if script == "ddpg_paper_faithful" else obs_shape[0]  # that one takes images too
     returns = []
-    for seed in range(1, networks + 1):
+    for seed in range(1, episodes // EVAL_EPISODES + 1):
         torch.manual_seed(seed)
-        actor = module.Actor(obs_dim, torch.tensor(action.low), torch.tensor(action.high)).eval()
-        qf = module.QNetwork(obs_dim, action.shape[0]).eval()
-        returns.append(module.evaluate(actor, qf, envs, module.eval_seed(seed), gamma=0.99)[0].mean())
+        actor = module.Actor(obs, torch.tensor(action.low), torch.tensor(action.high)).eval()
+        qf = module.QNetwork(obs, action.shape[0]).eval()
+        returns.append(module.evaluate(actor, qf, envs, seed, gamma=0.99)[0].mean())
     return returns
 
 
@@ -80,19 +81,15 @@ def main(args: Args):
     mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
     measured = {"random": random_returns}
     for script in args.scripts:
-        if (ROOT / f"{script}.py").exists():
-            measured[script] = lambda env_id, episodes, script=script: untrained_returns(
-                script, env_id, episodes // EVAL_EPISODES
-            )
+        measured[f"untrained {script}"] = functools.partial(untrained_returns, script)
     rows = []
     for env_id in args.env_ids:
         for policy, measure in measured.items():
             returns = measure(env_id, args.episodes)
             mean, std = round(float(np.mean(returns)), 2), round(float(np.std(returns, ddof=1)), 2)
-            name = policy if policy == "random" else f"untrained {policy}"
-            rows.append(dict(env_id=env_id, policy=name, mean=mean, std=std, episodes=args.episodes))
+            rows.append(dict(env_id=env_id, policy=policy, mean=mean, std=std, episodes=args.episodes))
             rows[-1] |= {package: version(package) for package in ("gymnasium", "mujoco")}
-            print(f"{env_id}, {name}: {mean} ± {std}", flush=True)
+            print(f"{env_id}, {policy}: {mean} ± {std}", flush=True)
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -8,6 +8,7 @@ It has no checkpoints: --resume starts a broken-off run over.
 """
 
 import functools
+import json
 import shutil
 import sys
 import time
@@ -82,19 +83,19 @@ class Protocol(BaseCallback):
 
     def evaluate(self):
         args, actor = self.args, Greedy(self.model)
-        returns, discounted, q = script.evaluate(
-            actor, actor.q, self.eval_envs, script.eval_seed(args.seed), args.gamma
-        )
-        statistics = dict(mean=returns.mean(), std=returns.std(), min=returns.min(), max=returns.max())
-        row = {"global_step": self.num_timesteps} | {name: float(value) for name, value in statistics.items()}
-        self.eval_rows.append(row | {"episodes": len(returns)})
-        script.write_eval_csv(self.run_dir / "eval.csv", self.eval_rows)
+        returns, discounted, q = script.evaluate(actor, actor.q, self.eval_envs, args.seed, args.gamma)
+        statistics = returns.mean(), returns.std(), returns.min(), returns.max()
+        self.eval_rows.append([self.num_timesteps, *map(float, statistics), len(returns)])
+        lines = [["global_step", "mean", "std", "min", "max", "episodes"], *self.eval_rows]
+        script.save(self.run_dir / "eval.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
         scalars = {"episodic_return": returns, "discounted_return": discounted, "q_estimate": q}
         self.log.add({f"eval/{name}": values.mean() for name, values in scalars.items()}, self.num_timesteps)
         print(f"step {self.num_timesteps:,} of {args.total_timesteps:,}, eval {returns.mean():.1f}", flush=True)
 
 
 def main(args: script.Args):
+    if args.resume:
+        args = script.saved_args(Path(args.resume))
     script.check_args(args)
     script.require(args.policy_frequency == 1, "SB3's DDPG updates its actor at every step: --policy-frequency 1")
     if args.num_threads:
@@ -107,7 +108,7 @@ def main(args: script.Args):
         script.require(not (run_dir / "result.json").exists(), f"{run_dir} is complete")
         shutil.rmtree(run_dir)
         args.resume = None
-    env = script.make_env(args.env_id)
+    env = script.make_env(args)
     script.open_run(args, run_dir, device)
 
     model = DDPG(
@@ -129,7 +130,7 @@ def main(args: script.Args):
     model.learn(args.total_timesteps, callback=protocol, log_interval=None)
     seconds = time.time() - start_time
 
-    final = [row["mean"] for row in protocol.eval_rows[-10:]]
+    final = [row[1] for row in protocol.eval_rows[-10:]]
     result = {
         "global_step": args.total_timesteps,
         "final_return": float(np.mean(final)) if final else None,
@@ -137,7 +138,7 @@ def main(args: script.Args):
         "seconds": seconds,
         "steps_per_second": args.total_timesteps / seconds,
     }
-    script.write_json(run_dir / "result.json", result)
+    script.save(run_dir / "result.json", json.dumps(result, indent=2))
     print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations; {run_dir}")
 
 
