@@ -179,7 +179,8 @@ while :; do
     next=$((SECONDS + every))
   fi
   ((running)) || break
-  sleep 1
+  sleep 1 &
+  wait $! # and not in the foreground, where it would hold up Ctrl-C
 done
 
 if [[ -t 1 ]]; then echo; fi
