@@ -85,7 +85,11 @@ def main(args: Args):
     rows = []
     for env_id in args.env_ids:
         for policy, measure in measured.items():
-            returns = measure(env_id, args.episodes)
+            try:
+                returns = measure(env_id, args.episodes)
+            except gym.error.Error as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
             mean, std = round(float(np.mean(returns)), 2), round(float(np.std(returns, ddof=1)), 2)
             rows.append(dict(env_id=env_id, policy=policy, mean=mean, std=std, episodes=args.episodes))
             rows[-1] |= {package: version(package) for package in ("gymnasium", "mujoco")}

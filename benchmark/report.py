@@ -346,8 +346,9 @@ def q_estimates(run: Run) -> list[tuple[int, float, float]]:
 
 
 def export(runs: list[Run], folder: Path):
+    sweeps = {run.path.parent for run in runs}
     for run in runs:
-        target = folder / run.path.name
+        target = folder / (run.path.parent.name if len(sweeps) > 1 else "") / run.path.name
         target.mkdir(parents=True, exist_ok=True)
         for name in ("args.json", "eval.csv", "result.json"):
             if (run.path / name).exists():
@@ -503,8 +504,10 @@ def main(args: Args):
     matplotlib.use("Agg")
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "svg.hashsalt": "ddpg"})
     if args.readme:
-        text = args.readme.read_text()
-        for _, name, flags, _ in SECTION.findall(text):
+        sections = SECTION.findall(args.readme.read_text()) if args.readme.exists() else []
+        if not sections:
+            fail(f"{args.readme} has no section between <!-- results:NAME:begin --> and <!-- results:NAME:end -->")
+        for _, name, flags, _ in sections:
             section = section_args(name, flags, args.readme)
             write_report(read_runs(section)[0], section, section.out)
         args.readme.write_text(rendered(args.readme))
