@@ -52,6 +52,8 @@ class Args:
     """copy the runs' raw data here: eval.csv, args.json, result.json and the Q estimates"""
     readme: Path | None = None
     """make this page's results sections again instead, from benchmark/results/"""
+    curves_only: bool = False
+    """in a page's section: show the learning curves without the tables"""
     env_ids: tuple[str, ...] = ()
     """show only these environments"""
     up_to: float = math.inf
@@ -483,13 +485,14 @@ def section_args(name: str, flags: str, page: Path) -> Args:
 def section_text(name: str, flags: str, page: Path) -> str:
     args = section_args(name, flags, page)
     runs, _ = read_runs(args)
-    if not runs:
-        fail(f"{page}: no runs for the section {name} in {', '.join(map(str, args.runs))}")
-    text = f"{markdown(runs, args)}\n![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
+    if not runs:  # no data committed yet
+        return ""
+    text = "" if args.curves_only else f"{markdown(runs, args)}\n"
+    text += f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
     text += (
         "Mean and 95 % bootstrap band over seeds; the marked lines are the published figures, after their own steps.\n"
     )
-    if any(q_estimates(run) for run in runs):
+    if not args.curves_only and any(q_estimates(run) for run in runs):
         text += f"\n![Q estimates](benchmark/results/{name}/q_estimates.png)\n\n"
         text += "The critic's estimate at the start of the evaluations, and the discounted return that followed.\n"
     return text
@@ -509,7 +512,10 @@ def main(args: Args):
             fail(f"{args.readme} has no section between <!-- results:NAME:begin --> and <!-- results:NAME:end -->")
         for _, name, flags, _ in sections:
             section = section_args(name, flags, args.readme)
-            write_report(read_runs(section)[0], section, section.out)
+            if runs := read_runs(section)[0]:
+                write_report(runs, section, section.out)
+            else:
+                print(f"warning: section {name} stays empty: no runs for it", file=sys.stderr)
         args.readme.write_text(rendered(args.readme))
         return
     runs, problems = read_runs(args)
