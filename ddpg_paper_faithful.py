@@ -6,9 +6,29 @@
 """Deep Deterministic Policy Gradient (DDPG; Lillicrap et al. 2016, arXiv 1509.02971): the paper to the letter.
 
     python ddpg_paper_faithful.py --env-id Hopper-v5 --seed 3
-    python ddpg_paper_faithful.py --env-id InvertedPendulum-v5 --pixels --buffer-size 50e3 --total-timesteps 50e3
+    python ddpg_paper_faithful.py --env-id InvertedPendulum-v5 --pixels --buffer-size 30e3 --total-timesteps 30e3
 
-TABLE
+| setting                | paper (section)                                        | here                             |
+|------------------------|--------------------------------------------------------|----------------------------------|
+| networks               | 400, 300, ReLU; tanh; action at Q's second layer (7)   | the same                         |
+| networks from pixels   | 3 convolutions of 32 filters, then 200, 200 (7)        | the same                         |
+| initial weights        | 1/sqrt(fan-in); output 3e-3, from pixels 3e-4 (7)      | the same                         |
+| Adam; L2 on Q          | 1e-4 actor, 1e-3 critic; 1e-2 (7)                      | the same                         |
+| gamma, tau, buffer     | 0.99, 0.001, 1e6 (7)                                   | the same                         |
+| batch                  | 64, from pixels 16 (7)                                 | the same                         |
+| noise                  | Ornstein-Uhlenbeck, 0.15, 0.2, anew each episode (7)   | the same, times half the range   |
+| pixels                 | action three times, 3 frames of 64 x 64, in [0, 1] (7) | the same                         |
+| batch normalisation    | state, all of mu, Q up to the action (3)               | the same, before each ReLU       |
+| its output layer       | paper silent                                           | not normalised: starts near zero |
+| its mode for targets   | paper silent (experiment)                              | the batch's own statistics       |
+| and from pixels        | paper silent: section 7 names low-dimensional tasks    | none                             |
+| OU time step           | paper silent (experiment)                              | 1: its noise forgets in 6 steps  |
+| warm-up                | paper silent (experiment)                              | 1,000 uniformly random steps     |
+| terminal states        | paper silent: Algorithm 1 bootstraps always            | no value after `terminated`      |
+| L2: biases; factor     | paper silent                                           | on all of Q; gradient of w/2 x^2 |
+| kernel, stride, action | paper silent; 471,000 weights, in the paper 430,000    | 3 x 3, 2, padding 1; the second  |
+
+The experiment is benchmark/paper_decisions.py.
 """
 
 import contextlib
@@ -45,6 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+signals: list[int] = []  # that ask the run to stop
 EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
 EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
@@ -255,9 +276,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        indices = self.indices = (
-            torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size
-        ).long()
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        indices = self.indices = (uniform * self.size).long()
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -378,7 +398,7 @@ def evaluate(actor, qf, envs, seed, gamma):
     starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
     obs = torch.tensor(np.array(starts), dtype=torch.float32)
     returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
-    while running:
+    while running and not signals:
         device_obs = obs.to(actor.action_low.device)
         action = actor.clip(actor(device_obs))
         if step == 0:
@@ -719,10 +739,14 @@ def main(args: Args):
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
-    def on_signal(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        tqdm.write(f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}", file=sys.stderr)
-        sys.exit(128 + number)
+    def on_signal(number, frame):  # only notes it: an exception just anywhere, in the log's queue say, could hang
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        signals.append(number)
+
+    def stop_if_asked():
+        if signals:
+            tqdm.write(f"stopped by {signal.Signals(signals[0]).name}; to go on: --resume {run_dir}", file=sys.stderr)
+            sys.exit(128 + signals.pop())
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -733,6 +757,7 @@ def main(args: Args):
         flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
         for global_step in range(last_checkpoint + 1, args.total_timesteps + 1):
+            stop_if_asked()
             # Select action a_t = mu(s_t) + N_t
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
@@ -776,6 +801,7 @@ def main(args: Args):
                 if args.capture_video:
                     eval_envs[0].name_prefix = f"step-{global_step}"
                 returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+                stop_if_asked()
                 statistics = returns.mean(), returns.std(), returns.min(), returns.max()
                 eval_rows.append([global_step, *map(float, statistics), len(returns)])
                 save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
