@@ -11,6 +11,7 @@
 TABLE
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -44,6 +46,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
+EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
 CHECKPOINT_FORMAT = 1  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
@@ -395,6 +399,9 @@ def evaluate(actor, qf, envs, seed, gamma):
             if terminated or truncated:
                 running.remove(i)
         step += 1
+    for env in envs:
+        if isinstance(env, gym.wrappers.RecordVideo):
+            env.stop_recording()  # which writes the video
     return returns, discounted, q_estimates
 
 
@@ -403,6 +410,12 @@ def require(condition, message):
     if not condition:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+@functools.cache
+def warn(text: str):
+    """One line on stderr, the first time."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def check_args(args: Args):
@@ -415,6 +428,7 @@ def check_args(args: Args):
             require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
     require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
+    require(args.batch_size > 1 or not args.batch_norm, "--batch-size must be at least 2: batch normalisation needs it")
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
@@ -456,29 +470,35 @@ class PixelObservation(gym.Wrapper):
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     env_id = args.env_id
+    render_mode = "rgb_array" if video_dir or args.pixels else None
     try:
-        render_mode = "rgb_array" if video_dir or args.pixels else None
         try:  # a small frame is rendered sooner than a large one is shrunk, where the environment takes its size
             env = gym.make(env_id, render_mode=render_mode, **(dict(width=64, height=64) if args.pixels else {}))
         except TypeError:
             env = gym.make(env_id, render_mode=render_mode)
     except (gym.error.Error, ModuleNotFoundError) as error:
         require(False, error)  # Gymnasium names the near matches
-    if args.pixels:
-        env = PixelObservation(env)
-        try:
-            env.reset()
-        except Exception as error:  # a missing GL shows in many ways
-            remedy = "needs render_mode rgb_array and, without a screen, EGL: apt-get install libegl1 libgl1-mesa-dri"
-            require(False, f"{env_id} cannot be rendered, --pixels {remedy} ({error})".replace("\n", " "))
+    if env.render_mode:
+        check_rendering(env)
+    env = PixelObservation(env) if args.pixels else env
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
-    require(args.pixels or len(obs.shape) < 3, f"{env_id} observes images: --pixels learns from rendered frames")
-    require(args.pixels or len(obs.shape) == 1, f"{env_id} needs a flat observation space, but has {obs}")
-    require(len(action.shape) == 1, f"{env_id} needs a flat action space, but has {action}")
+    flat = args.pixels or len(obs.shape) == 1
+    require(args.pixels or len(obs.shape) < 3, f"{env_id} observes images: --pixels learns from pixels")
+    require(flat and len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
     return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
+
+
+def check_rendering(env: gym.Env):
+    try:
+        env.reset()
+        assert isinstance(env.render(), np.ndarray), "it renders no rgb_array"
+    except Exception as error:  # a missing GL shows in many ways
+        reason = " ".join(str(error).split())
+        remedy = "without a screen that takes EGL (apt-get install libegl1 libgl1-mesa-dri)"
+        require(False, f"cannot render {env.spec.id}, {remedy}: {reason}")
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
@@ -497,7 +517,7 @@ def save(path: Path, contents) -> bool:
         temporary.replace(path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
-        tqdm.write(f"warning: cannot write {path}: {error}", file=sys.stderr)
+        warn(f"cannot write {path}, training goes on: {error}")
         return False
     finally:
         temporary.unlink(missing_ok=True)
@@ -518,32 +538,30 @@ def load(path: Path, device, **expected) -> dict:
 
 
 class Log(SummaryWriter):
-    """TensorBoard's log. When it can't be written any more it says so, once, and training goes on."""
-
-    failed = False
-
-    def attempt(self, call, *args):
-        try:
-            if not self.failed:
-                call(*args)
-        except OSError as error:
-            self.failed = True
-            tqdm.write(f"warning: TensorBoard's log ends here: {error}", file=sys.stderr)
+    """TensorBoard's log; where it can't be written it says so, and training goes on."""
 
     def add(self, scalars: dict, global_step: int):
-        for tag, value in scalars.items():
-            self.attempt(self.add_scalar, tag, value, global_step)
+        try:
+            for tag, value in scalars.items():
+                self.add_scalar(tag, value, global_step)
+            self.flush()
+        except OSError as error:
+            warn(f"TensorBoard's log ends here, training goes on: {error}")
+
+    def close(self):
+        with contextlib.suppress(OSError):  # it has been said
+            super().close()
 
 
-def provenance(args: Args, device) -> dict:
-    """Every flag, the code, the versions and the machine."""
+def provenance(device) -> dict:
+    """The code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions["python"] = platform.python_version()
     hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    versions["python"] = platform.python_version()
-    return {"args": asdict(args), "commit": commit, "versions": versions, "hardware": hardware}
+    return {"commit": commit, "versions": versions, "hardware": hardware}
 
 
 def saved_args(run_dir: Path) -> Args:
@@ -562,26 +580,27 @@ def saved_args(run_dir: Path) -> Args:
 
 def open_run(args: Args, run_dir: Path, device) -> dict | None:
     """Make the run's folder; with --resume, go back to its checkpoint and cut off the log rows after it."""
-    record, checkpoint, path = provenance(args, device), None, run_dir / "checkpoint.pt"
+    args_path, path, checkpoint, record = run_dir / "args.json", run_dir / "checkpoint.pt", None, provenance(device)
     if args.resume:
-        record = json.loads((run_dir / "args.json").read_text()) | {"args": asdict(args) | {"resume": None}}
+        record = json.loads(args_path.read_text())
+        args.resume = None
         if path.exists():
             checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
             others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
-            require(set(others) <= {"resume", "total_timesteps"}, f"{path} is of a run with another {others}")
-        elif (run_dir / "result.json").exists():
-            require(False, f"{run_dir} is complete and kept no checkpoint to go on from (--keep-checkpoint)")
+            require(set(others) <= {"total_timesteps"}, f"{path} is of a run with another {', '.join(others)}")
+        complete = (run_dir / "result.json").exists()
+        require(path.exists() or not complete, f"{run_dir} is complete and kept no checkpoint (--keep-checkpoint)")
     else:
-        require(not (run_dir / "args.json").exists(), f"{run_dir} is taken: --resume it, or choose another --run-name")
+        require(not args_path.exists(), f"{run_dir} holds a run: --resume it, or choose another --run-name")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)
-        for log in run_dir.glob("events.out.tfevents.*"):
+        for log in run_dir.glob(EVENT_FILES):
             size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
             log.unlink() if size is None else os.truncate(log, size)
     except OSError as error:
         require(False, f"cannot write to {run_dir}: {error}")
-    require(save(run_dir / "args.json", json.dumps(record, indent=2)), f"cannot write to {run_dir}")
+    require(save(args_path, json.dumps(record | {"args": asdict(args)}, indent=2)), f"cannot write to {run_dir}")
     return checkpoint
 
 
@@ -628,57 +647,44 @@ def main(args: Args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
+    mujoco.set_mju_user_warning(warn)
+    warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # file names carry the step
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
-    if args.evaluate:
-        run_dir = Path(args.evaluate)
-        model = load(run_dir / "model.pt", device, script=SCRIPT)
-        low, high, options = model["action_low"], model["action_high"], (args.batch_norm and not args.pixels,)
-        actor = Actor(model["obs_shape"], low, high, *options).to(device).eval()
-        qf = QNetwork(model["obs_shape"], len(low), *options).to(device).eval()
-        actor.load_state_dict(model["actor"])
-        qf.load_state_dict(model["qf"])
-        returns, *_ = evaluate(actor, qf, make_eval_envs(args, run_dir), args.seed, args.gamma)
-        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
-        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
-
     env = make_env(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
-    obs_bytes = math.prod(obs_shape) * (1 if args.pixels else 4)
-    needed = args.buffer_size * (2 * obs_bytes + 4 * action_dim + 8) / 2**30
-    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
-    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
-    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    run_dir = Path(args.resume or Path("runs") / (args.run_name or default_name))
-    checkpoint = open_run(args, run_dir, device)
-    print(f"{args.env_id}: {obs_shape} observations, {action_dim} actions; results in {run_dir}")
-    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
-    if args.track:
-        import wandb
-
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
 
     # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    if args.cudagraphs:
-        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
     options = args.batch_norm and not args.pixels, args.weights_init
     actor = Actor(obs_shape, low, high, *options).to(device).eval()
     qf = QNetwork(obs_shape, action_dim, *options).to(device).eval()
+    if args.evaluate:
+        model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT)
+        actor.load_state_dict(model["actor"])
+        qf.load_state_dict(model["qf"])
+        returns, *_ = evaluate(actor, qf, make_eval_envs(args, Path(args.evaluate)), args.seed, args.gamma)
+        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
     target_actor = copy.deepcopy(actor).requires_grad_(False)
     target_qf = copy.deepcopy(qf).requires_grad_(False)
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
     actor_optimizer = adam(actor.parameters(), lr=args.actor_lr)
     qf_optimizer = adam(qf.parameters(), lr=args.critic_lr, weight_decay=args.critic_weight_decay)
-    buffer_class = PixelReplayBuffer if args.pixels else ReplayBuffer
-    buffer = buffer_class(args.buffer_size, obs_shape if args.pixels else obs_shape[0], action_dim, device)
+    obs_bytes = math.prod(obs_shape) * (1 if args.pixels else 4)
+    needed = args.buffer_size * (2 * obs_bytes + 4 * action_dim + 8) / 2**30
+    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
+    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
+    buffer_class, obs_size = (PixelReplayBuffer, obs_shape) if args.pixels else (ReplayBuffer, obs_shape[0])
+    buffer = buffer_class(args.buffer_size, obs_size, action_dim, device)
     noise = OrnsteinUhlenbeckNoise(actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
+    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
+    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
+
     host_obs = torch.empty(1, *obs_shape, pin_memory=device.type == "cuda")
     device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
 
@@ -693,137 +699,132 @@ def main(args: Args):
     if args.compile:
         act, learn = torch.compile(act), torch.compile(learn)
     if args.cudagraphs:
+        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
         act, learn = cuda_graphed(act), cuda_graphed(learn)
 
+    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+    run_dir = Path(args.resume or Path("runs", args.run_name or default_name))
+    checkpoint = open_run(args, run_dir, device)
+    print(f"{args.env_id}: observations {obs_shape}, {action_dim} actions; results in {run_dir}")
+    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
+    if args.track:
+        import wandb
+
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
+
+    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
+    eval_rows, last_checkpoint, start_time = [EVAL_COLUMNS], 0, time.time()
     env.action_space.seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
-    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
-    eval_rows, first_step, earlier_seconds = [], 1, 0.0
-    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
-    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
     if checkpoint:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
+        eval_rows, last_checkpoint = checkpoint["eval_rows"], checkpoint["global_step"]
+        start_time -= checkpoint["seconds"]
         restore_random_states(checkpoint["random_states"], env)
-        noise.reset()
-        eval_rows, first_step = checkpoint["eval_rows"], checkpoint["global_step"] + 1
-        earlier_seconds = checkpoint["seconds"]
         obs, _ = env.reset()
+        noise.reset()
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
-    threading.excepthook = lambda _: None  # errors of the log's writer thread come back in the next call
-    log = Log(str(run_dir))
-    flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-    bar = tqdm(total=args.total_timesteps, initial=first_step - 1, unit=" steps", disable=None, dynamic_ncols=True)
-
-    def stop(code, message):
-        bar.close()
-        log.attempt(log.close)
-        print(message, file=sys.stderr)
-        sys.exit(code)
-
     def on_signal(number, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        stop(128 + number, f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}")
+        tqdm.write(f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}", file=sys.stderr)
+        sys.exit(128 + number)
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+    threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
+    episode_return, episode_length, shown = 0.0, 0, {}
+    bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=None, dynamic_ncols=True)
+    with Log(str(run_dir)) as log, bar:
+        flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+        for global_step in range(last_checkpoint + 1, args.total_timesteps + 1):
+            # Select action a_t = mu(s_t) + N_t
+            if global_step <= args.learning_starts:
+                action = env.action_space.sample()
+            else:
+                host_obs.numpy()[0] = obs
+                device_obs.copy_(host_obs, non_blocking=True)
+                greedy, action = act().cpu().numpy()  # the only wait for the device in a step
 
-    last_checkpoint, episode_return, episode_length, shown = first_step - 1, 0.0, 0, {}
-    start_time = log_time = time.time()
-    log_step = first_step - 1
-    for global_step in range(first_step, args.total_timesteps + 1):
-        # Select action a_t = mu(s_t) + N_t
-        if global_step <= args.learning_starts:
-            action = env.action_space.sample()
-        else:
-            host_obs.numpy()[0] = obs
-            device_obs.copy_(host_obs, non_blocking=True)
-            greedy, action = act().cpu().numpy()  # the only wait for the device in a step
+            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs = next_obs
+            episode_return += float(reward)
+            episode_length += 1
 
-        # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
-        episode_return += float(reward)
-        episode_length += 1
+            # Sample a batch; update the critic, the actor and the targets
+            learning = global_step > args.learning_starts
+            if learning:
+                losses, batch = learn(global_step % args.policy_frequency == 0)
 
-        # Sample a batch; update the critic, the actor and the targets
-        learning = global_step > args.learning_starts
-        if learning:
-            losses, batch = learn(global_step % args.policy_frequency == 0)
+            last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
+            evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
+            every = args.checkpoint_interval
+            saving = every and episode_over and global_step // every > last_checkpoint // every
 
-        last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
-        evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
-        every = args.checkpoint_interval
-        saving = every and episode_over and global_step // every > last_checkpoint // every
+            if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
+                scalars = {tag: loss.item() for tag, loss in losses.items()}
+                if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                    advice = "lower the learning rate, or look for huge rewards and observations"
+                    sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
+                with torch.no_grad():
+                    used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
+                scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
+                scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
+                for name, network in ("actor", actor), ("qf1", qf):
+                    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+                    scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
+                scalars["charts/SPS"] = global_step / (time.time() - start_time)
+                log.add(scalars, global_step)
 
-        if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
-            scalars = {tag: loss.item() for tag, loss in losses.items()}
-            if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
-                advice = "try a lower --learning-rate, or look for huge rewards and observations"
-                stop(1, f"error: loss not finite at step {global_step}: {scalars}; {advice}; what was saved is kept")
-            with torch.no_grad():
-                used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
-            scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
-            scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
-            for name, network in ("actor", actor), ("qf1", qf):
-                grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-                scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
-            scalars["charts/SPS"] = (global_step - log_step) / (time.time() - log_time)
-            log.add(scalars, global_step)
-            log_time, log_step = time.time(), global_step
+            if evaluating:
+                if args.capture_video:
+                    eval_envs[0].name_prefix = f"step-{global_step}"
+                returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+                statistics = returns.mean(), returns.std(), returns.min(), returns.max()
+                eval_rows.append([global_step, *map(float, statistics), len(returns)])
+                save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
+                scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
+                log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
+                shown["evaluation"] = f"{returns.mean():.1f}"
+            if args.save_model and (evaluating or last_step):
+                model = dict(script=SCRIPT, env_id=args.env_id, obs_shape=obs_shape, global_step=global_step)
+                save(run_dir / "model.pt", model | dict(actor=actor.state_dict(), qf=qf.state_dict()))
 
-        if evaluating:
-            if args.capture_video:
-                eval_envs[0].name_prefix = f"step-{global_step}"
-            returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
-            statistics = returns.mean(), returns.std(), returns.min(), returns.max()
-            eval_rows.append([global_step, *map(float, statistics), len(returns)])
-            header = "global_step,mean,std,min,max,episodes"
-            save(run_dir / "eval.csv", "\n".join([header, *(",".join(map(repr, row)) for row in eval_rows), ""]))
-            scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
-            log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
-            shown["evaluation"] = f"{returns.mean():.1f}"
-        if args.save_model and (evaluating or last_step):
-            model = {"script": SCRIPT, "global_step": global_step, "env_id": args.env_id, "obs_shape": obs_shape}
-            model |= {"action_low": low, "action_high": high, "actor": actor.state_dict(), "qf": qf.state_dict()}
-            save(run_dir / "model.pt", model)
+            if episode_over:
+                scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
+                log.add(scalars, global_step)
+                shown["return"] = f"{episode_return:.1f}"
+                bar.set_postfix(shown, refresh=False)
+                episode_return, episode_length = 0.0, 0
+                if saving:
+                    last_checkpoint, seconds = global_step, time.time() - start_time
+                    log_sizes = {path.name: path.stat().st_size for path in run_dir.glob(EVENT_FILES)}
+                    checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=asdict(args), seconds=seconds)
+                    checkpoint |= dict(global_step=global_step, eval_rows=eval_rows, log_sizes=log_sizes)
+                    checkpoint |= dict(random_states=random_states(env))
+                    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+                    save(run_dir / "checkpoint.pt", checkpoint)
+                obs, _ = env.reset()
+                noise.reset()
 
-        if episode_over:
-            log.add({"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}, global_step)
-            shown["return"] = f"{episode_return:.1f}"
-            episode_return, episode_length = 0.0, 0
-            if saving:
-                last_checkpoint = global_step
-                log.attempt(log.flush)
-                checkpoint = {"script": SCRIPT, "format": CHECKPOINT_FORMAT, "args": asdict(args) | {"resume": None}}
-                checkpoint |= {"global_step": global_step, "eval_rows": eval_rows, "random_states": random_states(env)}
-                checkpoint["seconds"] = earlier_seconds + time.time() - start_time
-                checkpoint["log_sizes"] = {f.name: f.stat().st_size for f in run_dir.glob("events.out.tfevents.*")}
-                save(run_dir / "checkpoint.pt", checkpoint | {name: part.state_dict() for name, part in parts.items()})
-            obs, _ = env.reset()
-            noise.reset()
+            bar.update()
+            if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
+                speed = global_step / (time.time() - start_time)
+                left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
+                print(f"step {global_step:,}: {bar.postfix}, {speed:.0f} steps/s, {left} left", flush=True)
 
-        bar.update()
-        bar.set_postfix(shown, refresh=False)
-        if bar.disable and (global_step % (args.eval_interval or 5_000) == 0 or last_step):  # not on a terminal
-            speed = (global_step - first_step + 1) / (time.time() - start_time)
-            left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-            known = ", ".join(f"{name} {value}" for name, value in shown.items())
-            step_of = f"step {global_step:,} of {args.total_timesteps:,}"
-            print(f"{step_of}: {known}, {speed:.0f} steps/s, {left} left", flush=True)
-
-    bar.close()
-    log.attempt(log.close)
     for each in [env, *eval_envs]:
         each.close()
-    seconds = earlier_seconds + time.time() - start_time
-    final = [row[1] for row in eval_rows[-10:]]
-    result = {"global_step": args.total_timesteps, "final_return": float(np.mean(final)) if final else None}
-    result |= {"evaluations": len(eval_rows), "seconds": seconds, "steps_per_second": args.total_timesteps / seconds}
+    final = [row[1] for row in eval_rows[1:]][-10:]
+    result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
+    result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
+    result["steps_per_second"] = args.total_timesteps / result["seconds"]
     if not save(run_dir / "result.json", json.dumps(result, indent=2)):
         sys.exit(1)
     if not args.keep_checkpoint:

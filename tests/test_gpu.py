@@ -1,0 +1,244 @@
+"""The GPU path: what must hold without a GPU too, and, marked gpu, what only a GPU can show."""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["ddpg_continuous_action", "ddpg_paper_faithful"]
+HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+OBS_DIM, ACTION_DIM, BATCH_SIZE = 5, 2, 32
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture(params=SCRIPTS)
+def ddpg(request):
+    return importlib.import_module(request.param)
+
+
+class Training:
+    """What main makes of networks, optimisers, buffer and noise: act() and learn(), ready to be graphed."""
+
+    def __init__(self, ddpg, device="cpu", seed=0):
+        torch.manual_seed(seed)
+        device = torch.device(device)
+        low, high = torch.tensor([-1.0, -3.0]), torch.tensor([1.0, 2.0])
+        shape = OBS_DIM if ddpg.SCRIPT == "ddpg_continuous_action" else (OBS_DIM,)
+        actor, qf = ddpg.Actor(shape, low, high).to(device).eval(), ddpg.QNetwork(shape, ACTION_DIM).to(device).eval()
+        targets = [copy.deepcopy(network).requires_grad_(False) for network in (actor, qf)]
+        adam = [
+            torch.optim.Adam(network.parameters(), lr=1e-3, fused=True, capturable=device.type == "cuda")
+            for network in (actor, qf)
+        ]
+        self.networks = [actor, qf, *targets]
+        buffer = ddpg.ReplayBuffer(1000, OBS_DIM if isinstance(shape, int) else shape[0], ACTION_DIM, device)
+        rng = np.random.default_rng(seed)
+        for _ in range(200):
+            obs, next_obs = rng.normal(size=(2, OBS_DIM))
+            buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, rng.random() < 0.1)
+        if ddpg.SCRIPT == "ddpg_continuous_action":
+            noise = ddpg.GaussianNoise(0.1 * actor.action_scale)
+        else:
+            noise = ddpg.OrnsteinUhlenbeckNoise(actor.action_scale, 0.15, 0.2, 1.0)
+        obs = torch.zeros(1, OBS_DIM, device=device)
+        self.act = lambda: ddpg.explore(actor, obs, noise)
+
+        def learn(update_actor=True):
+            batch = buffer.sample(BATCH_SIZE)
+            return ddpg.update(*self.networks, *adam, batch, 0.99, 0.005, update_actor), batch
+
+        self.learn = learn
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at an operation that gives the host a value of a tensor: on a GPU, each of these waits for the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split(".")[0]
+        assert name not in HOST_READS, f"{name} reads a value back to the host"
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_update_and_acting_read_nothing_back_to_the_host(ddpg):
+    training = Training(ddpg)
+    with NoHostReads():
+        training.act()
+        for step in range(6):
+            training.learn(step % 2 == 0)
+    with pytest.raises(AssertionError, match="reads a value back"), NoHostReads():  # the check itself can fail
+        training.learn()[0]["losses/qf1_loss"].item()
+
+
+class FakeGraph:
+    """Stands in for torch.cuda.CUDAGraph: counts its replays."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_a_graphed_function_runs_warms_up_records_once_and_replays_per_argument(ddpg, monkeypatch):
+    graphs, recording, calls = [], [], []
+
+    class Record:
+        def __init__(self, graph):
+            graphs.append(graph)
+
+        def __enter__(self):
+            recording.append(True)
+
+        def __exit__(self, *exception):
+            recording.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", Record)
+
+    def function(argument):
+        calls.append((argument, bool(recording)))
+        return object()
+
+    graphed = ddpg.cuda_graphed(function, warmup=3)
+    eager = [graphed("a") for _ in range(3)]
+    assert calls == [("a", False)] * 3 and len(set(map(id, eager))) == 3 and not graphs
+    recorded = graphed("a")
+    assert calls[3:] == [("a", True)] and graphs[0].replays == 1
+    assert graphed("a") is recorded and graphs[0].replays == 2 and len(calls) == 4
+    for _ in range(4):
+        graphed("b")
+    assert len(graphs) == 2 and graphs[1].replays == 1 and graphs[0].replays == 2
+
+
+def test_the_function_to_be_graphed_gives_the_numbers_of_the_usual_style(ddpg):
+    """Against the update as it is usually written: optimisers that loop, targets parameter by parameter."""
+    training, (actor, qf, target_actor, target_qf) = Training(ddpg), Training(ddpg).networks
+    actor_optimizer, qf_optimizer = (torch.optim.Adam(network.parameters(), lr=1e-3) for network in (actor, qf))
+    for network in (actor, qf, target_actor, target_qf):
+        network.train()  # as update does, where there is batch normalisation
+    for _ in range(20):
+        losses, batch = training.learn()
+        with torch.no_grad():
+            y = batch.reward + 0.99 * (1 - batch.terminated) * target_qf(batch.next_obs, target_actor(batch.next_obs))
+        qf_loss = ((y - qf(batch.obs, batch.action)) ** 2).mean()
+        qf_optimizer.zero_grad()
+        qf_loss.backward()
+        qf_optimizer.step()
+        mu_loss = -qf(batch.obs, actor(batch.obs)).mean()
+        actor_optimizer.zero_grad()
+        mu_loss.backward()
+        actor_optimizer.step()
+        with torch.no_grad():
+            for network, target in (actor, target_actor), (qf, target_qf):
+                for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
+                    target_parameter.copy_(0.005 * parameter + 0.995 * target_parameter)
+        assert losses["losses/qf1_loss"].item() == pytest.approx(qf_loss.item(), rel=1e-4)
+        assert losses["losses/actor_loss"].item() == pytest.approx(mu_loss.item(), rel=1e-4, abs=1e-5)
+    for network, usual in zip(training.networks, (actor, qf, target_actor, target_qf), strict=True):
+        usual_parameters = dict(usual.named_parameters())
+        for name, parameter in network.named_parameters():
+            # A shift before a batch normalisation has no effect: its gradient is rounding, which Adam makes a full step
+            norm_after = {"input.bias": "norm1", "fc1.bias": "norm1", "fc2.bias": "norm2"}.get(name)
+            if not hasattr(network, norm_after or "none"):
+                torch.testing.assert_close(parameter, usual_parameters[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--cudagraphs", "--compile"])
+def test_without_a_gpu_the_flags_are_refused_in_one_line(script, flag, tmp_path):
+    command = [sys.executable, ROOT / f"{script}.py", flag, "--no-cuda"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (2, "", 1)
+    assert "CUDA" in run.stderr and not list(tmp_path.iterdir())
+
+
+class EndsAtOnce(gym.Wrapper):
+    """Its episode is over after one step: it leaves its row in the batch and does nothing more."""
+
+    def step(self, action):
+        obs, reward, _, truncated, info = self.env.step(action)
+        return obs, reward, True, truncated, info
+
+
+def test_episodes_stepped_together_have_the_numbers_of_episodes_on_their_own(ddpg):
+    """Every episode alone, with only idle rows beside it, gives to the byte what it gives in company."""
+    args = ddpg.Args(env_id="Pendulum-v1")
+    envs = [ddpg.make_env(args) for _ in range(4)]
+    torch.manual_seed(0)
+    low, high = torch.tensor([-2.0]), torch.tensor([2.0])
+    shape = 3 if ddpg.SCRIPT == "ddpg_continuous_action" else (3,)
+    actor, qf = ddpg.Actor(shape, low, high).eval(), ddpg.QNetwork(shape, 1).eval()
+    together = ddpg.evaluate(actor, qf, envs, 1, 0.99)
+    for i in range(len(envs)):
+        company = [env if j == i else EndsAtOnce(env) for j, env in enumerate(envs)]
+        alone = ddpg.evaluate(actor, qf, company, 1, 0.99)
+        assert [values[i] for values in alone] == [values[i] for values in together]
+    assert len(set(together[0])) == len(envs)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graphed_run_agrees_with_an_eager_one(ddpg, compiled):
+    """500 updates, critic alone and both in turn: to 1e-5 with graphs, and to 1e-3 when compiled (other kernels)."""
+    runs = []
+    torch.cuda.set_stream(torch.cuda.Stream())
+    for graphed in (False, True):
+        training = Training(ddpg, "cuda")
+        learn = training.learn
+        if graphed and compiled:
+            learn = torch.compile(learn)
+        if graphed:
+            learn = ddpg.cuda_graphed(learn)
+        torch.manual_seed(3)
+        losses, batches = [], []
+        for step in range(500):
+            loss, batch = learn(step % 2 == 0)
+            losses.append(loss["losses/qf1_loss"].item())
+            batches.append(batch.obs.clone())
+        runs.append((losses, batches, training.networks))
+    tolerance = 1e-3 if compiled else 1e-5
+    if not compiled:  # Inductor may draw its random numbers differently
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True)), "other indices sampled"
+        np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=tolerance, atol=tolerance)
+        for one, other in zip(runs[0][2], runs[1][2], strict=True):
+            for a, b in zip(one.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@gpu
+@needs_gpu
+def test_the_update_never_waits_for_the_device(ddpg):
+    training = Training(ddpg, "cuda")
+    training.learn()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            training.learn()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_with_graphs_it_learns_pendulum_and_resumes(script, tmp_path):
+    flags = ["--env-id", "Pendulum-v1", "--learning-starts", "1000", "--eval-interval", "5000", "--cudagraphs"]
+    flags += ["--total-timesteps", "20000", "--checkpoint-interval", "10000", "--keep-checkpoint", "--run-name", "run"]
+    subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=tmp_path, check=True)
+    score = json.loads((tmp_path / "runs/run/result.json").read_text())
+    last = float((tmp_path / "runs/run/eval.csv").read_text().splitlines()[-1].split(",")[1])
+    assert last > -250, score
+    more = ["--resume", "runs/run", "--total-timesteps", "25000"]
+    subprocess.run([sys.executable, ROOT / f"{script}.py", *more], cwd=tmp_path, check=True)
+    assert float((tmp_path / "runs/run/eval.csv").read_text().splitlines()[-1].split(",")[1]) > -250
