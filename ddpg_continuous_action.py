@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import psutil
 import torch
@@ -506,7 +505,11 @@ def main(args: Args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    mujoco.set_mju_user_warning(warn)
+    try:
+        import mujoco  # fails where MUJOCO_GL names a GL that is not there
+    except (ImportError, AttributeError) as error:
+        require(False, f"unset MUJOCO_GL, or install what it names: {error}")
+    mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
     warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # file names carry the step
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
@@ -670,11 +673,12 @@ def main(args: Args):
             if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
                 speed = global_step / (time.time() - start_time)
                 left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-                print(f"step {global_step:,}: {bar.postfix}, {speed:.0f} steps/s, {left} left", flush=True)
+                known = "".join(f"{name} {value}, " for name, value in shown.items())
+                print(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left", flush=True)
 
     for each in [env, *eval_envs]:
         each.close()
-    final = [row[1] for row in eval_rows[1:]][-10:]
+    final = [row[1] for row in eval_rows[1:]][-10:]  # the final return is the mean of the last 10 evaluations
     result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
     result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
     result["steps_per_second"] = args.total_timesteps / result["seconds"]
@@ -682,7 +686,7 @@ def main(args: Args):
         sys.exit(1)
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations")
+    print(f"complete: {result}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import psutil
 import torch
@@ -163,11 +162,7 @@ def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, wei
 
 
 class Convolutions(nn.Sequential):
-    """Section 7: three convolutional layers of 32 filters, no pooling; frames (N, 9, 64, 64) to features (N, 2048).
-
-    The paper is silent on kernel and stride: with 3 x 3, stride 2 and padding 1, the networks have about 470,000
-    parameters, where the paper has about 430,000.
-    """
+    """Three convolutional layers of 32 filters, no pooling (section 7): frames (N, 9, 64, 64) to features (N, 2048)."""
 
     def __init__(self):
         convs = [nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1) for channels in (9, 32, 32)]
@@ -258,12 +253,11 @@ class ReplayBuffer:
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
-    def draw(self, batch_size: int) -> torch.Tensor:
-        """Indices of transitions, uniformly, with replacement."""
-        return (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
-
     def sample(self, batch_size: int) -> Batch:
-        indices = self.draw(batch_size)
+        """Transitions drawn uniformly, with replacement."""
+        indices = self.indices = (
+            torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size
+        ).long()
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
@@ -278,9 +272,9 @@ class ReplayBuffer:
 
 
 class PixelReplayBuffer(ReplayBuffer):
-    """The same for pixels: the frames of obs and next_obs stay uint8, the rest is a float32 row."""
+    """The same for pixels: float32 rows without observations, and beside them uint8 frames (capacity, 2, 9, 64, 64)."""
 
-    def __init__(self, capacity: int, obs_shape, action_dim: int, device: torch.device):
+    def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_dim: int, device: torch.device):
         super().__init__(capacity, 0, action_dim, device)
         self.frames = torch.empty(capacity, 2, *obs_shape, dtype=torch.uint8, device=device)
 
@@ -289,10 +283,9 @@ class PixelReplayBuffer(ReplayBuffer):
         super().add([], action, reward, [], terminated)
 
     def sample(self, batch_size: int) -> Batch:
-        indices = self.draw(batch_size)
-        obs, next_obs = self.frames.index_select(0, indices).unbind(1)
-        _, action, reward, _, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
-        return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
+        batch = super().sample(batch_size)
+        obs, next_obs = self.frames.index_select(0, self.indices).unbind(1)
+        return batch._replace(obs=obs, next_obs=next_obs)
 
     def state_dict(self):
         filled = self.frames[: min(self.added, len(self.rows))].cpu().numpy()
@@ -304,9 +297,9 @@ class PixelReplayBuffer(ReplayBuffer):
 
 
 class OrnsteinUhlenbeckNoise:
-    """Exploration noise: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), starting at 0 in each episode (section 7).
+    """Exploration noise, from 0 in each episode: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7).
 
-    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps. `scale` has shape (action_dim,).
+    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps; with 0.01, at 0.37 and in 666.
     """
 
     def __init__(self, scale: torch.Tensor, theta: float, sigma: float, dt: float):
@@ -439,15 +432,16 @@ def check_args(args: Args):
 
 
 class PixelObservation(gym.Wrapper):
-    """Section 7: a step repeats the action three times and observes the three frames, 64 x 64 RGB: (9, 64, 64) uint8.
+    """A step repeats the action three times and observes the three frames, 64 x 64 RGB: (9, 64, 64) uint8 (section 7).
 
-    Rewards are summed. An episode that ends within the repeat shows its last frame for the missing ones, and one that
-    begins shows its first three times.
+    Rewards are summed. Where an episode begins or ends there are fewer frames: the one at its edge stands in for them.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (9, 64, 64), np.uint8)
+        if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
+            renderer.width = renderer.height = 64  # sooner than drawing 480 x 480 and shrinking
 
     def frame(self):
         frame = torch.from_numpy(self.env.render().copy()).permute(2, 0, 1)
@@ -470,17 +464,13 @@ class PixelObservation(gym.Wrapper):
 
 def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     env_id = args.env_id
-    render_mode = "rgb_array" if video_dir or args.pixels else None
     try:
-        try:  # a small frame is rendered sooner than a large one is shrunk, where the environment takes its size
-            env = gym.make(env_id, render_mode=render_mode, **(dict(width=64, height=64) if args.pixels else {}))
-        except TypeError:
-            env = gym.make(env_id, render_mode=render_mode)
+        env = gym.make(env_id, render_mode="rgb_array" if video_dir or args.pixels else None)
     except (gym.error.Error, ModuleNotFoundError) as error:
         require(False, error)  # Gymnasium names the near matches
+    env = PixelObservation(env) if args.pixels else env
     if env.render_mode:
         check_rendering(env)
-    env = PixelObservation(env) if args.pixels else env
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
@@ -647,7 +637,11 @@ def main(args: Args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    mujoco.set_mju_user_warning(warn)
+    try:
+        import mujoco  # fails where MUJOCO_GL names a GL that is not there
+    except (ImportError, AttributeError) as error:
+        require(False, f"unset MUJOCO_GL, or install what it names: {error}")
+    mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
     warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # file names carry the step
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
@@ -817,11 +811,12 @@ def main(args: Args):
             if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
                 speed = global_step / (time.time() - start_time)
                 left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-                print(f"step {global_step:,}: {bar.postfix}, {speed:.0f} steps/s, {left} left", flush=True)
+                known = "".join(f"{name} {value}, " for name, value in shown.items())
+                print(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left", flush=True)
 
     for each in [env, *eval_envs]:
         each.close()
-    final = [row[1] for row in eval_rows[1:]][-10:]
+    final = [row[1] for row in eval_rows[1:]][-10:]  # the final return is the mean of the last 10 evaluations
     result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
     result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
     result["steps_per_second"] = args.total_timesteps / result["seconds"]
@@ -829,7 +824,7 @@ def main(args: Args):
         sys.exit(1)
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations")
+    print(f"complete: {result}")
 
 
 if __name__ == "__main__":
