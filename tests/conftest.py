@@ -88,13 +88,10 @@ def command(script, **flags) -> list[str]:
     line = [sys.executable, str(ROOT / f"{script.SCRIPT}.py")]
     for name, value in (TINY | flags).items():
         flag = name.replace("_", "-")
-        line += (
-            []
-            if value is None
-            else [f"--{'' if value else 'no-'}{flag}"]
-            if value in (True, False) and isinstance(value, bool)
-            else [f"--{flag}", str(value)]
-        )
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", str(value)]
     return line
 
 
