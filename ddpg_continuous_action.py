@@ -181,24 +181,24 @@ class Batch(NamedTuple):
     terminated: torch.Tensor  # (N,), 1 after a terminal state; a time limit is not one
 
 
+def copy_async(array: np.ndarray, destination: torch.Tensor):
+    """Copy to the device without waiting for it: from memory that is pinned, where that is a GPU."""
+    source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
+    destination.copy_(source, non_blocking=True)
+
+
 class ReplayBuffer:
     """The last `capacity` transitions on the training device, one float32 row each: a batch is a single gather."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)
-        self.row = torch.empty(sum(self.sizes), pin_memory=device.type == "cuda")  # pinned: copied without waiting
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
 
     def add(self, obs, action, reward, next_obs, terminated):
-        if self.copied:
-            self.copied.synchronize()  # the row before has left; it hardly ever has to wait
-        self.row.numpy()[:] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-        self.rows[self.added % len(self.rows)].copy_(self.row, non_blocking=True)
-        if self.copied:
-            self.copied.record()
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
+        copy_async(row, self.rows[self.added % len(self.rows)])
         self.added += 1
         self.size.fill_(min(self.added, len(self.rows)))
 
@@ -332,36 +332,33 @@ def check_args(args: Args):
     require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
-def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
-    env_id = args.env_id
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    env_id, render_mode = args.env_id, "rgb_array" if render else None
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_dir else None)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        require(False, error)  # Gymnasium names the near matches
+        env = gym.make(env_id, render_mode=render_mode)  # names the near matches of an unknown id
+        if render_mode:
+            env.reset()
+            env.render()
+    except Exception as error:  # a missing GL, for one, shows in many ways
+        remedy = (
+            "; without a screen, rendering takes EGL: apt-get install libegl1 libgl1-mesa-dri" if render_mode else ""
+        )
+        require(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
     require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
     require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
-    if env.render_mode:
-        check_rendering(env)
-    return gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True) if video_dir else env
-
-
-def check_rendering(env: gym.Env):
-    try:
-        env.reset()
-        assert isinstance(env.render(), np.ndarray), "it renders no rgb_array"
-    except Exception as error:  # a missing GL shows in many ways
-        reason = " ".join(str(error).split())
-        remedy = "without a screen that takes EGL (apt-get install libegl1 libgl1-mesa-dri)"
-        require(False, f"cannot render {env.spec.id}, {remedy}: {reason}")
+    return env
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
     filmed = args.capture_video * (args.eval_episodes if args.evaluate else 1)
-    return [make_env(args, run_dir / "videos" if i < filmed else None) for i in range(args.eval_episodes)]
+    envs = [make_env(args, render=i < filmed) for i in range(args.eval_episodes)]
+    for i in range(filmed):
+        envs[i] = gym.wrappers.RecordVideo(envs[i], str(run_dir / "videos"), lambda _: True, name_prefix=f"start-{i}")
+    return envs
 
 
 def save(path: Path, contents) -> bool:
@@ -446,8 +443,9 @@ def open_run(args: Args, run_dir: Path, device) -> dict | None:
             checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
             others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
             require(set(others) <= {"total_timesteps"}, f"{path} is of a run with another {', '.join(others)}")
+        raised = args.total_timesteps > record["args"]["total_timesteps"] and path.exists()
         complete = (run_dir / "result.json").exists()
-        require(path.exists() or not complete, f"{run_dir} is complete and kept no checkpoint (--keep-checkpoint)")
+        require(raised or not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
     else:
         require(not args_path.exists(), f"{run_dir} holds a run: --resume it, or choose another --run-name")
     try:
@@ -543,7 +541,6 @@ def main(args: Args):
     parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
     parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer)
 
-    host_obs = torch.empty(1, obs_dim, pin_memory=device.type == "cuda")
     device_obs = torch.empty(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
 
     def act():
@@ -603,8 +600,7 @@ def main(args: Args):
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
             else:
-                host_obs.numpy()[0] = obs
-                device_obs.copy_(host_obs, non_blocking=True)
+                copy_async(obs, device_obs[0])
                 greedy, action = act().cpu().numpy()  # the only wait for the device in a step
 
             # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1

@@ -20,7 +20,7 @@ import tyro
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs"  # the scripts write to runs/ of the folder they are started in
-STEPS = {"Pendulum-v1": 20_000, "HalfCheetah-v5": 20_000}
+STEPS = {"Pendulum-v1": 20_000, "InvertedPendulum-v5": 20_000}
 VARIANTS = {
     "default": [],
     "targets use slowly following running averages": [],
