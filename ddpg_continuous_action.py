@@ -204,7 +204,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        indices = (torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size).long()
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        indices = (uniform * self.size).long()
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 

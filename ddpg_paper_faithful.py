@@ -6,9 +6,29 @@
 """Deep Deterministic Policy Gradient (DDPG; Lillicrap et al. 2016, arXiv 1509.02971): the paper to the letter.
 
     python ddpg_paper_faithful.py --env-id Hopper-v5 --seed 3
-    python ddpg_paper_faithful.py --env-id InvertedPendulum-v5 --pixels --buffer-size 50e3 --total-timesteps 50e3
+    python ddpg_paper_faithful.py --env-id InvertedPendulum-v5 --pixels --buffer-size 30e3 --total-timesteps 30e3
 
-TABLE
+| setting                | paper (section)                                        | here                             |
+|------------------------|--------------------------------------------------------|----------------------------------|
+| networks               | 400, 300, ReLU; tanh; action at Q's second layer (7)   | the same                         |
+| networks from pixels   | 3 convolutions of 32 filters, then 200, 200 (7)        | the same                         |
+| initial weights        | 1/sqrt(fan-in); output 3e-3, from pixels 3e-4 (7)      | the same                         |
+| Adam; L2 on Q          | 1e-4 actor, 1e-3 critic; 1e-2 (7)                      | the same                         |
+| gamma, tau, buffer     | 0.99, 0.001, 1e6 (7)                                   | the same                         |
+| batch                  | 64, from pixels 16 (7)                                 | the same                         |
+| noise                  | Ornstein-Uhlenbeck, 0.15, 0.2, anew each episode (7)   | the same, times half the range   |
+| pixels                 | action three times, 3 frames of 64 x 64, in [0, 1] (7) | the same                         |
+| batch normalisation    | state, all of mu, Q up to the action (3)               | the same, before each ReLU       |
+| its output layer       | paper silent                                           | not normalised: starts near zero |
+| its mode for targets   | paper silent (experiment)                              | the batch's own statistics       |
+| and from pixels        | paper silent: section 7 names low-dimensional tasks    | none                             |
+| OU time step           | paper silent (experiment)                              | 1: its noise forgets in 6 steps  |
+| warm-up                | paper silent (experiment)                              | 1,000 uniformly random steps     |
+| terminal states        | paper silent: Algorithm 1 bootstraps always            | no value after `terminated`      |
+| L2: biases; factor     | paper silent                                           | on all of Q; gradient of w/2 x^2 |
+| kernel, stride, action | paper silent; 471,000 weights, in the paper 430,000    | 3 x 3, 2, padding 1; the second  |
+
+The experiment is benchmark/paper_decisions.py.
 """
 
 import contextlib
@@ -255,9 +275,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
-        indices = self.indices = (
-            torch.rand(batch_size, dtype=torch.float64, device=self.rows.device) * self.size
-        ).long()
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        indices = self.indices = (uniform * self.size).long()
         obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
