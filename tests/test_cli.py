@@ -125,7 +125,6 @@ def column(name):
 EFFECTS = {
     "seed": (3, actor_weights),
     "torch_deterministic": (False, lambda run_dir: torch.backends.cudnn.deterministic),
-    "num_threads": (2, lambda run_dir: torch.get_num_threads()),
     "save_model": (False, files("model.pt")),
     "checkpoint_interval": (0, files("checkpoint.pt")),
     "keep_checkpoint": (False, files("checkpoint.pt")),
@@ -159,6 +158,7 @@ EFFECTS_OF = {
 TESTED_ELSEWHERE = {
     "exp_name": "test_the_name_of_a_run",
     "run_name": "test_the_name_of_a_run",
+    "num_threads": "test_num_threads",
     "cuda": "test_no_cuda_stays_off_the_gpu",
     "cudagraphs": "test_gpu.py",
     "compile": "test_gpu.py",
@@ -198,6 +198,13 @@ def test_the_name_of_a_run(script, run, tmp_path):
     script.main(script.Args(**TINY | dict(run_name=None, exp_name="try", seed=5, env_id="stubs:Point-v0")))
     (other,) = (path.name for path in (tmp_path / "runs").iterdir() if path.name != "mine")
     assert re.fullmatch(r"stubs:Point-v0__try__5__\d{10}", other)
+
+
+def test_num_threads(script, run):
+    """A few steps of learning only: two threads are very slow where another process keeps a core busy."""
+    for threads in 2, 1:
+        run(script, run_name=f"{threads}", num_threads=threads, total_timesteps=42, eval_interval=0)
+        assert torch.get_num_threads() == threads
 
 
 def test_no_cuda_stays_off_the_gpu(script, run, monkeypatch):
@@ -573,7 +580,7 @@ def test_a_terminal_shows_a_progress_bar(script, tmp_path):
         while chunk := os.read(here, 4096):
             shown += chunk
     assert process.wait() == 0
-    assert re.search(rb"\r100%\|.+\| 120/120 \[\d\d:\d\d<00:00, +[\d.]+ steps/s, evaluation=-[\d.]+, return=-", shown)
+    assert re.search(rb"\r100%\|.+\| 120/120 \[\d\d:\d\d<00:00, +[\d.]+ steps/s, return=-[\d.]+, evaluation=-", shown)
     assert b"step 60:" not in shown
 
 
