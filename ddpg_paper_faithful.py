@@ -65,6 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+signals: list[int] = []  # that ask the run to stop
 EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
 EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
@@ -397,7 +398,7 @@ def evaluate(actor, qf, envs, seed, gamma):
     starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
     obs = torch.tensor(np.array(starts), dtype=torch.float32)
     returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
-    while running:
+    while running and not signals:
         device_obs = obs.to(actor.action_low.device)
         action = actor.clip(actor(device_obs))
         if step == 0:
@@ -738,10 +739,14 @@ def main(args: Args):
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
-    def on_signal(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        tqdm.write(f"stopped by {signal.Signals(number).name}; to go on: --resume {run_dir}", file=sys.stderr)
-        sys.exit(128 + number)
+    def on_signal(number, frame):  # only notes it: an exception just anywhere, in the log's queue say, could hang
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
+        signals.append(number)
+
+    def stop_if_asked():
+        if signals:
+            tqdm.write(f"stopped by {signal.Signals(signals[0]).name}; to go on: --resume {run_dir}", file=sys.stderr)
+            sys.exit(128 + signals.pop())
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -752,6 +757,7 @@ def main(args: Args):
         flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
         for global_step in range(last_checkpoint + 1, args.total_timesteps + 1):
+            stop_if_asked()
             # Select action a_t = mu(s_t) + N_t
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
@@ -795,6 +801,7 @@ def main(args: Args):
                 if args.capture_video:
                     eval_envs[0].name_prefix = f"step-{global_step}"
                 returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
+                stop_if_asked()
                 statistics = returns.mean(), returns.std(), returns.min(), returns.max()
                 eval_rows.append([global_step, *map(float, statistics), len(returns)])
                 save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))

@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# Runs SCRIPT on every environment in ENVS with every seed in SEEDS, JOBS runs at a time.
+#
+#     benchmark/ddpg_continuous_action.sh [SETTING=value ...] [--dry-run | --slurm] [-- flags of the script]
+#     benchmark/ddpg_continuous_action.sh ENVS="Hopper-v5 Ant-v5" SEEDS="1 2 3 4 5" JOBS=4 -- --gamma 0.98
+#
+# Settings, given as above or in the environment:
+#   SCRIPT   the training script, a path in this repository
+#   ENVS     environment ids, separated by spaces
+#   SEEDS    seeds, separated by spaces
+#   STEPS    environment steps of each run
+#   JOBS     runs at a time (default: one a core; with --slurm: no limit)
+#   THREADS  CPU threads of each run (default: 1)
+#   OUT      folder of the runs and their logs, under runs/ (default: runs/<the script's name>)
+#   PYTHON   the interpreter (default: python)
+#
+# The same command again skips finished runs and resumes broken-off ones. A failed run does not stop the others, but
+# the sweep then ends with exit code 1. Ctrl-C ends all the runs cleanly.
+#
+#   --dry-run  prints the commands of the runs still to do
+#   --slurm    submits those runs as a job array instead. sbatch reads its options from the environment:
+#              SBATCH_PARTITION=gpu SBATCH_TIMELIMIT=1-0 SBATCH_GRES=gpu:1 benchmark/ddpg_continuous_action.sh --slurm
+set -euo pipefail
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mode=local
+while (($#)); do
+  case $1 in
+    SCRIPT=* | ENVS=* | SEEDS=* | STEPS=* | JOBS=* | THREADS=* | OUT=* | PYTHON=*) declare "${1%%=*}=${1#*=}" ;;
+    --dry-run | --slurm | --slurm-task) mode=${1#--} ;;
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    --) shift && break ;;
+    *) die "unknown setting $1 (--help lists them; flags of the script go after --)" ;;
+  esac
+  shift
+done
+
+read -ra env_list <<<"${ENVS:-}"
+read -ra seed_list <<<"${SEEDS:-}"
+((${#env_list[@]} && ${#seed_list[@]})) || die "ENVS and SEEDS must name at least one environment and one seed"
+[[ -f $root/${SCRIPT:=} ]] || die "SCRIPT must be a file of this repository, not '$SCRIPT'"
+: "${OUT:=runs/$(basename "$SCRIPT" .py)}" "${THREADS:=1}" "${PYTHON:=python}"
+[[ $OUT == runs/?* ]] || die "OUT must lie under runs/, not '$OUT' (for another disk, make runs a link)"
+[[ ${STEPS:-} =~ ^[0-9][0-9_.]*(e[0-9]+)?$ ]] || die "STEPS must be a number of steps, not '${STEPS:-}'"
+steps=$(LC_ALL=C printf '%.0f' "${STEPS//_/}")
+[[ ${JOBS:=} =~ ^([1-9][0-9]*)?$ ]] || die "JOBS must be a positive number, not '$JOBS'"
+python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
+export OMP_NUM_THREADS=$THREADS
+flags=(--total-timesteps "$steps" --num-threads "$THREADS" "$@")
+
+names=() envs=() seeds=() state=() pids=()
+for env in "${env_list[@]}"; do
+  for seed in "${seed_list[@]}"; do
+    name=${env//[\/:]/-}__$(basename "$SCRIPT" .py)__$seed
+    names+=("$name") envs+=("$env") seeds+=("$seed")
+    if [[ -e $OUT/$name/result.json ]]; then state+=(finished); else state+=(waiting); fi
+  done
+done
+
+set_command() { # of run $1
+  local name=${names[$1]}
+  command=("$python" "$root/$SCRIPT" --env-id "${envs[$1]}" --seed "${seeds[$1]}" --run-name "${OUT#runs/}/$name")
+  command+=("${flags[@]}")
+  if [[ -e $OUT/$name/args.json ]]; then command+=(--resume "$OUT/$name"); fi
+}
+
+# Becomes the run: signals reach it directly. Its log is its lock too, so that two sweeps never write the same run.
+launch() {
+  exec >>"$OUT/${names[$1]}.log" 2>&1
+  if command -v flock >/dev/null; then flock -n 1 || die "another process is running ${names[$1]}"; fi
+  set_command "$1"
+  printf '$' && printf ' %q' "${command[@]}" && echo
+  exec "${command[@]}"
+}
+
+if [[ $mode == dry-run ]]; then
+  for i in "${!names[@]}"; do
+    set_command "$i"
+    if [[ ${state[i]} == waiting ]]; then printf '%q ' "${command[@]}" && echo; fi
+  done
+  exit
+fi
+if [[ $mode == slurm-task ]]; then
+  if [[ ${state[SLURM_ARRAY_TASK_ID]} == waiting ]]; then launch "$SLURM_ARRAY_TASK_ID"; fi
+  exit # finished since it was submitted
+fi
+
+# Runs of other settings must not end up in one table: whoever changes them starts another folder
+mkdir -p "$OUT"
+settings=$(printf '%q ' "$SCRIPT" "${flags[@]}")
+if [[ -e $OUT/settings ]] && compgen -G "$OUT/*/args.json" >/dev/null && [[ $settings != "$(<"$OUT/settings")" ]]; then
+  die "$OUT holds a sweep with other settings, $(<"$OUT/settings"): choose another OUT"
+fi
+echo "$settings" >"$OUT/settings"
+
+if [[ $mode == slurm ]]; then
+  todo=()
+  for i in "${!names[@]}"; do if [[ ${state[i]} == waiting ]]; then todo+=("$i"); fi; done
+  ((${#todo[@]})) || { echo "all ${#names[@]} runs are done: $OUT" && exit; }
+  array=$(IFS=, && echo "${todo[*]}")${JOBS:+%$JOBS}
+  task=("$root/benchmark/sweep.sh" SCRIPT="$SCRIPT" ENVS="$ENVS" SEEDS="$SEEDS" STEPS="$STEPS" THREADS="$THREADS"
+    OUT="$OUT" PYTHON="$python" --slurm-task -- "$@")
+  # A preempted task is put back into the queue by --requeue and resumes from its checkpoint
+  job=$(sbatch --parsable --array="$array" --job-name="$(basename "$OUT")" --cpus-per-task="$THREADS" --requeue \
+    --open-mode=append --output="$OUT/slurm-%A_%a.log" <<<"#!/usr/bin/env bash
+exec $(printf '%q ' "${task[@]}")")
+  echo "job array $job of ${#todo[@]} runs (${#names[@]} in the sweep): squeue --job $job; logs in $OUT"
+  exit
+fi
+
+count() { # runs in state $1
+  local i n=0
+  for i in "${state[@]}"; do if [[ $i == "$1" ]]; then n=$((n + 1)); fi; done
+  echo "$n"
+}
+
+show() {
+  local i step now=0 total=0 left='' line
+  for i in "${!names[@]}"; do
+    step=0
+    case ${state[i]} in
+      failed) continue ;;
+      finished) step=$steps ;;
+      running) step=$(tail -qn 1 "$OUT/${names[i]}/eval.csv" 2>/dev/null | cut -d, -f1) || true ;;
+    esac
+    if [[ $step =~ ^[0-9]+$ ]]; then now=$((now + step)); fi
+    total=$((total + steps))
+  done
+  : "${first:=$now}"
+  if ((now > first && now < total)); then
+    left=$(((total - now) * SECONDS / (now - first)))
+    left=$(printf ', about %d:%02d:%02d left' $((left / 3600)) $((left / 60 % 60)) $((left % 60)))
+  fi
+  line="$(count finished) done, $(count running) running, $(count waiting) waiting, $(count failed) failed"
+  if [[ -t 1 ]]; then
+    printf '\r%s%s\033[K' "$line" "$left"
+  else
+    echo "$line$left"
+  fi
+}
+
+stop() {
+  trap - INT TERM HUP # a second Ctrl-C ends this script at once
+  for i in "${!pids[@]}"; do if [[ ${state[i]} == running ]]; then kill -TERM "${pids[i]}" 2>/dev/null || true; fi; done
+  wait
+  printf '\nstopped; the same command goes on\n' >&2
+  exit "$1"
+}
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+every=60 && if [[ -t 1 ]]; then every=10; fi # seconds between lines of progress
+echo "${#names[@]} runs of $SCRIPT, $steps steps each, $JOBS at a time; logs in $OUT"
+SECONDS=0 next=0
+while :; do
+  running=$(count running)
+  for i in "${!names[@]}"; do
+    if [[ ${state[i]} == running ]] && ! kill -0 "${pids[i]}" 2>/dev/null; then
+      if wait "${pids[i]}"; then state[i]=finished; else state[i]=failed; fi
+      running=$((running - 1)) next=0
+    fi
+  done
+  for i in "${!names[@]}"; do
+    if [[ ${state[i]} == waiting ]] && ((running < JOBS)); then
+      launch "$i" &
+      pids[i]=$! state[i]=running
+      running=$((running + 1)) next=0
+    fi
+  done
+  if ((SECONDS >= next)); then
+    show
+    next=$((SECONDS + every))
+  fi
+  ((running)) || break
+  sleep 1 &
+  wait $! # and not in the foreground, where it would hold up Ctrl-C
+done
+
+if [[ -t 1 ]]; then echo; fi
+for i in "${!names[@]}"; do
+  if [[ ${state[i]} == failed ]]; then
+    printf '\nfailed: %s, %s ends with\n' "${names[i]}" "$OUT/${names[i]}.log"
+    tail -n 5 "$OUT/${names[i]}.log"
+  fi
+done >&2
+(($(count failed) == 0))
