@@ -115,7 +115,7 @@ def test_learning_rates_and_weight_decay_sit_on_the_right_networks(run, monkeypa
 
 
 def agent():
-    actor, qf = networks(paper, batch_norm=True)
+    actor, qf = (network.eval() for network in networks(paper, batch_norm=True))  # as main makes them
     target_actor, target_qf = copy.deepcopy(actor), copy.deepcopy(qf)
     optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
     return [actor, qf, target_actor, target_qf, *optimizers]

@@ -49,10 +49,14 @@ def differences(script_a, script_b, name) -> list[str]:
     return [line for line in difflib.unified_diff(*lines, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
 
 
+def main_diff() -> str:
+    return "".join(f"{line}\n" for line in differences(tuned, paper, "main"))
+
+
 def test_the_two_main_functions_differ_as_listed():
     """main.diff is the list of algorithmic differences in main; a fix goes into both scripts at once."""
-    found = "".join(f"{line}\n" for line in differences(tuned, paper, "main"))
-    assert found == (TESTS / "main.diff").read_text(), f"if the change is meant, main.diff is now:\n{found}"
+    fix = "python tests/test_siblings.py > tests/main.diff"
+    assert main_diff() == (TESTS / "main.diff").read_text(), f"if the change is meant: {fix}"
 
 
 def test_shared_flags_mean_the_same():
@@ -76,3 +80,7 @@ def test_shared_flags_mean_the_same():
     differing = {name for name in shared if fields[0][name] != fields[1][name]}
     assert differing <= {"batch_size", "env_id"}
     assert set(fields[0]) - set(fields[1]) == {"learning_rate", "exploration_noise"}
+
+
+if __name__ == "__main__":
+    print(main_diff(), end="")
