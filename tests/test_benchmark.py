@@ -112,7 +112,7 @@ def test_failed_run_fails_the_sweep_but_not_the_others(tmp_path):
     assert (tmp_path / "runs/sweep/Pendulum-v1__ddpg_continuous_action__1/result.json").exists()
     assert "1 done, 0 running, 0 waiting, 1 failed" in failed.stdout
     assert "failed: NoSuch-v5__ddpg_continuous_action__1" in failed.stderr
-    assert "error: Environment `NoSuch` doesn't exist" in failed.stderr  # the end of its log
+    assert "Environment `NoSuch` doesn't exist" in failed.stderr  # the end of its log
 
 
 def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path):
