@@ -1,0 +1,55 @@
+"""Kills both scripts 20 times each at random moments, and compares what they leave with uninterrupted runs.
+
+python tests/soak.py [seed]
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from test_resume import PAPER, SMALL, TUNED, Run, outcome, run
+
+KILLS = 20
+RUNS = {
+    "HalfCheetah-v5": "--total-timesteps 4000 --learning-starts 1000 --buffer-size 2500 --eval-interval 800",
+    "Hopper-v5": "--total-timesteps 2500 --learning-starts 400 --buffer-size 1200 --eval-interval 300",
+}
+
+
+def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
+    start = time.time()
+    assert run(cwd, script, flags.replace("--run-name x", "--run-name y")).code == 0
+    duration, run_dir, kills, writing, runs, steps = time.time() - start, cwd / "runs/x", 0, 0, 0, []
+    while kills < KILLS:  # and again, until there were enough of them
+        shutil.rmtree(run_dir, ignore_errors=True)
+        while not (run_dir / "result.json").exists():
+            process = Run(cwd, script, "--resume runs/x" if (run_dir / "args.json").exists() else flags)
+            if kills < KILLS:
+                time.sleep(rng.uniform(0.02, 0.3) * duration)
+                os.kill(process.pid, signal.SIGKILL)
+            ended = process.wait(600)
+            assert ended.code in (0, -signal.SIGKILL), ended.output
+            kills += ended.code == -signal.SIGKILL
+            writing += len(list(run_dir.glob("*.tmp")))
+            checkpoint = run_dir / "checkpoint.pt"
+            steps += [torch.load(checkpoint, weights_only=True)["global_step"]] if checkpoint.exists() else []
+        assert outcome(run_dir) == outcome(cwd / "runs/y")
+        runs += 1
+    return f"{kills} kills ({writing} while writing), {runs} runs, all the same bytes; resumed from {steps}"
+
+
+if __name__ == "__main__":
+    seed = int(sys.argv[1]) if sys.argv[1:] else random.randrange(10**6)
+    rng = random.Random(seed)
+    print("seed", seed)
+    for script in TUNED, PAPER:
+        for env_id, flags in RUNS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                result = soak(Path(folder), script, f"{SMALL} --env-id {env_id} {flags}", rng)
+            print(f"{script.stem}, {env_id}: {result}", flush=True)
