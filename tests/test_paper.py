@@ -344,7 +344,7 @@ def test_a_run_from_pixels(run, monkeypatch):
             buffers.append(self)
 
     monkeypatch.setattr(paper, "PixelReplayBuffer", Spy)
-    flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=0, eval_interval=20)
+    flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=None, eval_interval=20)
     run_dir = run(paper, pixels=True, **flags)
     frames, first = buffers[0].frames[:4].numpy(), buffers[0].rows[0, 0]
     # the first reset of each environment, in make_env, tries the rendering: episode 0 is never played
