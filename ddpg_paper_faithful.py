@@ -147,8 +147,8 @@ class Args:
     """discount factor (section 7)"""
     tau: float = 0.001
     """part of the way that the targets go towards the networks in an update (section 7)"""
-    batch_size: Int = 0
-    """transitions in a batch; 0 stands for the paper's 64, and 16 from pixels (section 7)"""
+    batch_size: Int | None = None
+    """transitions in a batch; by default 64, and 16 from pixels (section 7)"""
     ou_theta: float = 0.15
     """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
     ou_sigma: float = 0.2
@@ -167,7 +167,8 @@ class Args:
     """critic updates to one update of the actor and the targets (Algorithm 1: 1)"""
 
     def __post_init__(self):
-        self.batch_size = self.batch_size or (16 if self.pixels else 64)
+        if self.batch_size is None:
+            self.batch_size = 16 if self.pixels else 64
 
 
 def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, weights_init: str):
@@ -277,8 +278,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
-        indices = self.indices = (uniform * self.size).long()
-        obs, action, reward, next_obs, terminated = self.rows.index_select(0, indices).split(self.sizes, 1)
+        self.indices = (uniform * self.size).long()
+        obs, action, reward, next_obs, terminated = self.rows.index_select(0, self.indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
     def state_dict(self):
@@ -441,14 +442,19 @@ def check_args(args: Args):
             require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
     require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
-    require(args.batch_size > 1 or not args.batch_norm, "--batch-size must be at least 2: batch normalisation needs it")
+    require(
+        args.batch_size > 1 or args.pixels or not args.batch_norm,
+        "--batch-size must be at least 2: batch normalisation needs it",
+    )
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
     require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
-    gpu = args.cuda and torch.cuda.is_available()
-    require(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
-    require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+    require(args.seed < 2**32, "--seed must be below 2**32")
+    if not args.evaluate:
+        gpu = args.cuda and torch.cuda.is_available()
+        require(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
+        require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
 
 
 class PixelObservation(gym.Wrapper):
@@ -483,17 +489,15 @@ class PixelObservation(gym.Wrapper):
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
-    env_id, render_mode = args.env_id, "rgb_array" if render or args.pixels else None
+    env_id, options = args.env_id, dict(render_mode="rgb_array") if render or args.pixels else {}
     try:
-        env = gym.make(env_id, render_mode=render_mode)  # names the near matches of an unknown id
+        env = gym.make(env_id, **options)  # names the near matches of an unknown id
         env = PixelObservation(env) if args.pixels else env
-        if render_mode:
+        if options:
             env.reset()
             env.render()
     except Exception as error:  # a missing GL, for one, shows in many ways
-        remedy = (
-            "; without a screen, rendering takes EGL: apt-get install libegl1 libgl1-mesa-dri" if render_mode else ""
-        )
+        remedy = "; without a screen, rendering takes EGL: apt-get install libegl1 libgl1-mesa-dri" if options else ""
         require(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
@@ -503,6 +507,13 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     require(args.pixels or len(obs.shape) < 3, f"{env_id} observes images: --pixels learns from pixels")
     require(flat and len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
     return env
+
+
+def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds (action_dim,), rounded inwards: to the nearest float32, 0.4 would be 0.40000001."""
+    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    inner_low, inner_high = np.nextafter(low, high), np.nextafter(high, low)
+    return np.where(low < space.low, inner_low, low), np.where(high > space.high, inner_high, high)
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
@@ -660,23 +671,23 @@ def main(args: Args):
     except (ImportError, AttributeError) as error:
         require(False, f"unset MUJOCO_GL, or install what it names: {error}")
     mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
-    warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # file names carry the step
+    warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
 
-    env = make_env(args)
+    env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
 
     # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
+    low, high = (torch.from_numpy(bound) for bound in float32_bounds(env.action_space))
     options = args.batch_norm and not args.pixels, args.weights_init
     actor = Actor(obs_shape, low, high, *options).to(device).eval()
     qf = QNetwork(obs_shape, action_dim, *options).to(device).eval()
     if args.evaluate:
-        model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT)
+        model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT, env_id=args.env_id)
         actor.load_state_dict(model["actor"])
         qf.load_state_dict(model["qf"])
         returns, *_ = evaluate(actor, qf, make_eval_envs(args, Path(args.evaluate)), args.seed, args.gamma)
@@ -782,18 +793,18 @@ def main(args: Args):
             every = args.checkpoint_interval
             saving = every and episode_over and global_step // every > last_checkpoint // every
 
-            if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving):
+            if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving or last_step):
                 scalars = {tag: loss.item() for tag, loss in losses.items()}
-                if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
-                    advice = "lower the learning rate, or look for huge rewards and observations"
-                    sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
                 with torch.no_grad():
                     used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
                 scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
-                scalars["charts/exploration_difference"] = np.abs(action - greedy).mean()
+                scalars["charts/exploration_difference"] = float(np.abs(action - greedy).mean())
                 for name, network in ("actor", actor), ("qf1", qf):
                     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
                     scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
+                if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                    advice = "lower the learning rate, or look for huge rewards and observations"
+                    sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
                 scalars["charts/SPS"] = global_step / (time.time() - start_time)
                 log.add(scalars, global_step)
 
@@ -816,7 +827,6 @@ def main(args: Args):
                 scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
                 log.add(scalars, global_step)
                 shown["return"] = f"{episode_return:.1f}"
-                bar.set_postfix(shown, refresh=False)
                 episode_return, episode_length = 0.0, 0
                 if saving:
                     last_checkpoint, seconds = global_step, time.time() - start_time
@@ -829,6 +839,8 @@ def main(args: Args):
                 obs, _ = env.reset()
                 noise.reset()
 
+            if evaluating or episode_over:
+                bar.set_postfix(shown, refresh=False)
             bar.update()
             if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
                 speed = global_step / (time.time() - start_time)
@@ -846,7 +858,10 @@ def main(args: Args):
         sys.exit(1)
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"complete: {result}")
+    known = f"final return {result['final_return']:.1f}, the mean of the last {len(final)} evaluations" if final else ""
+    print(
+        f"complete after {args.total_timesteps:,} steps in {tqdm.format_interval(result['seconds'])}", known, sep="; "
+    )
 
 
 if __name__ == "__main__":

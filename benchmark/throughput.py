@@ -130,9 +130,7 @@ def main(args: Args):
         ratios = spread(np.divide(updates, limits), ".2f")
         milliseconds = (spread([1e3 * value for value in values], ".2f") for values in (updates, limits))
         print(f"| {threads} | " + " | ".join([*milliseconds, ratios]) + " |", flush=True)
-    print(
-        f"\nThe limit: {UPDATE_FLOPS / 1e6:.0f} MFLOP at the rate of a 256 x 256 x 256 float32 product, measured in turn."
-    )
+    print(f"\nThe limit: {UPDATE_FLOPS / 1e6:.0f} MFLOP at the rate of a 256 x 256 x 256 product, measured in turn.")
 
     print(f"\n{args.scripts[0]}, {args.cores} runs side by side on {args.cores} cores, one thread each:\n")
     alone, together = [], []

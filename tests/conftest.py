@@ -1,0 +1,154 @@
+"""What the tests share: the two scripts as modules, runs of them in this process or another, and their outputs."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+
+ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+import ddpg_continuous_action as tuned  # noqa: E402
+import ddpg_paper_faithful as paper  # noqa: E402
+
+SCRIPTS = [tuned, paper]
+CPU = torch.device("cpu")
+TINY = dict(  # a whole run, past warm-up, evaluation, logging and saving, in a fraction of a second
+    env_id="stubs:Point-v0",
+    run_name="tiny",
+    total_timesteps=120,
+    learning_starts=40,
+    batch_size=16,
+    buffer_size=100,
+    eval_interval=60,
+    eval_episodes=2,
+    num_threads=1,
+    exp_name="test",
+)
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.SCRIPT)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def own_process_state():
+    """main() sets these for a process of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    excepthook, threads, deterministic = (
+        threading.excepthook,
+        torch.get_num_threads(),
+        torch.backends.cudnn.deterministic,
+    )
+    torch.manual_seed(0)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    threading.excepthook = excepthook
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = deterministic
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(script, flag=value, ...) trains in this process, in an empty folder, and returns the run's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, **flags):
+        args = script.Args(**TINY | flags)
+        script.main(args)
+        return Path("runs", args.run_name).resolve()
+
+    return run
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """cli(script, "--flag", ...) is the script's last line, under that command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def cli(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *map(str, flags)])
+        return script.main(tyro.cli(script.Args))
+
+    return cli
+
+
+def command(script, **flags) -> list[str]:
+    """The tiny run's command line, with these flags changed; None leaves one out."""
+    line = [sys.executable, str(ROOT / f"{script.SCRIPT}.py")]
+    for name, value in (TINY | flags).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            line += [f"--{flag}", str(value)]
+    return line
+
+
+def environment(**changed) -> dict:
+    return os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | changed
+
+
+def process(line: list[str], cwd, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(line, cwd=cwd, env=environment(**env), capture_output=True, text=True)
+
+
+def eval_rows(run_dir: Path) -> list[dict]:
+    with open(run_dir / "eval.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def scalars(run_dir: Path) -> dict:
+    """TensorBoard's scalars: {tag: [(step, value), ...]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def model(run_dir: Path) -> dict:
+    return torch.load(run_dir / "model.pt", weights_only=True)
+
+
+def weights(network) -> torch.Tensor:
+    """All parameters in one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def networks(script, obs_dim=3, low=(-1.0,), high=(1.0,), **options):
+    """Actor and critic of either script; the paper's without batch normalisation unless asked for."""
+    low, high = torch.tensor(low), torch.tensor(high)
+    if script is tuned:
+        return tuned.Actor(obs_dim, low, high), tuned.QNetwork(obs_dim, len(low))
+    options = {"batch_norm": False} | options
+    return paper.Actor((obs_dim,), low, high, **options), paper.QNetwork((obs_dim,), len(low), **options)
+
+
+def noise(script, scale, std=0.1):
+    """Exploration noise whose next sample is normal with standard deviation std x scale."""
+    scale = torch.tensor(scale)
+    return tuned.GaussianNoise(std * scale) if script is tuned else paper.OrnsteinUhlenbeckNoise(scale, 0.15, std, 1.0)
+
+
+def random_batch(script, obs_dim=3, action_dim=1, n=32):
+    return script.Batch(
+        obs=torch.randn(n, obs_dim),
+        action=torch.rand(n, action_dim) * 2 - 1,
+        reward=torch.randn(n),
+        next_obs=torch.randn(n, obs_dim),
+        terminated=(torch.rand(n) < 0.2).float(),
+    )
+
+
+def numpy(tensor) -> np.ndarray:
+    return tensor.detach().numpy().astype(np.float64)

@@ -1,0 +1,112 @@
+"""Small environments: scripted ones, where every number is known, and unsuitable ones. Used as stubs:EnvId."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+
+LOW, HIGH = np.array([-0.4, -3], np.float32), np.array([0.4, 1], np.float32)
+
+
+class Point(gym.Env):
+    """A point that starts anywhere in [-1, 1], is moved by the action, and is paid for being near 0, ten steps long."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None, obs=None, action=None, bad_reward=None):
+        self.render_mode = render_mode
+        self.observation_space = obs or Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = action or Box(-1, 1, (1,), np.float32)
+        self.bad_reward, self.steps_in_all = bad_reward, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.uniform(-1, 1), 0
+        return np.array([self.x, self.t / 10], np.float32), {}
+
+    def step(self, action):
+        self.x += 0.3 * float(action[0])
+        self.t += 1
+        self.steps_in_all += 1
+        bad = self.bad_reward is not None and self.steps_in_all > 150  # training gets there, evaluation does not
+        reward = self.bad_reward if bad else -(self.x**2)
+        return np.array([self.x, self.t / 10], np.float32), reward, False, self.t == 10, {}
+
+    def render(self):
+        return np.zeros((64, 64, 3), np.uint8)
+
+
+class Scripted(gym.Env):
+    """Observes (episode, step), pays 10 x episode + step, and ends its episodes as ENDINGS says, again and again."""
+
+    ENDINGS = [(3, "truncated"), (2, "terminated"), (4, "both"), (1, "terminated"), (1, "truncated")]
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    made = []  # every instance since the list was last emptied; the first is the one that a run trains on
+
+    def __init__(self, render_mode=None, size=64):
+        self.render_mode, self.size = render_mode, size
+        self.observation_space = Box(0, np.inf, (2,), np.float32)
+        self.action_space = Box(LOW, HIGH)
+        self.episode, self.actions = -1, []
+        self.made.append(self)
+
+    def observe(self):
+        return np.array([self.episode, self.t], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.actions.append(np.array(action))
+        reward = 10 * self.episode + self.t
+        self.t += 1
+        length, kind = self.ENDINGS[self.episode % len(self.ENDINGS)]
+        over = self.t == length
+        return self.observe(), reward, over and kind != "truncated", over and kind != "terminated", {}
+
+    def render(self):
+        """A picture with the episode in red, the step in green and a blue mark in the corner."""
+        picture = np.zeros((self.size, self.size, 3), np.uint8)
+        picture[..., 0], picture[..., 1] = self.episode, self.t
+        picture[: self.size // 2, : self.size // 4, 2] = 200
+        return picture
+
+
+class Unrendered(Point):
+    metadata = {"render_modes": []}
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+
+    def render(self):
+        raise RuntimeError("no GL\nhere")
+
+
+class RenderModeless(Point):
+    """Takes no render_mode at all."""
+
+    def __init__(self):
+        super().__init__()
+
+
+UNSUITABLE = {
+    "DiscreteAction": dict(action=Discrete(3)),
+    "DictAction": dict(action=Dict(a=Box(-1, 1, (1,)))),
+    "UnboundedAction": dict(action=Box(-np.inf, np.inf, (1,), np.float32)),
+    "HalfBoundedAction": dict(action=Box(-1, np.inf, (1,), np.float32)),
+    "MatrixAction": dict(action=Box(-1, 1, (2, 2), np.float32)),
+    "DiscreteObs": dict(obs=Discrete(3)),
+    "DictObs": dict(obs=Dict(a=Box(-1, 1, (1,)))),
+    "MatrixObs": dict(obs=Box(-1, 1, (2, 2), np.float32)),
+    "ImageObs": dict(obs=Box(0, 255, (64, 64, 3), np.uint8)),
+}
+for name, kwargs in UNSUITABLE.items():
+    gym.register(f"{name}-v0", Point, kwargs=kwargs)
+gym.register("Point-v0", Point)
+gym.register("OtherPoint-v0", Point)
+gym.register("NanReward-v0", Point, kwargs=dict(bad_reward=np.nan))
+gym.register("InfiniteReward-v0", Point, kwargs=dict(bad_reward=np.inf))
+gym.register("Scripted-v0", Scripted)
+gym.register("Unrendered-v0", Unrendered)
+gym.register("RenderModeless-v0", RenderModeless)

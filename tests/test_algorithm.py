@@ -1,0 +1,384 @@
+"""The algorithm's parts, held against hand-computed numbers, plain Python, and stable-baselines3."""
+
+import copy
+import random
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import stubs
+import torch
+import torch.nn as nn
+from conftest import CPU, TINY, model, networks, noise, numpy, paper, random_batch, tuned, weights
+from stable_baselines3 import DDPG
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.td3.policies import TD3Policy
+
+# Networks
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def linear(layer, x):
+    return x @ numpy(layer.weight).T + numpy(layer.bias)
+
+
+def test_networks_compute_what_the_paper_draws():
+    """The tuned networks by hand; the paper's, with batch normalisation, are in test_paper.py."""
+    actor, qf = networks(tuned, obs_dim=3, low=(-0.4, -3.0), high=(0.4, 1.0))
+    obs, action = torch.randn(5, 3), torch.randn(5, 2)
+    x = relu(linear(actor.fc2, relu(linear(actor.fc1, numpy(obs)))))
+    mu = np.tanh(linear(actor.fc_mu, x)) * [0.4, 2.0] + [0.0, -1.0]
+    np.testing.assert_allclose(numpy(actor(obs)), mu, atol=1e-6)
+    x = relu(linear(qf.fc2, relu(linear(qf.fc1, np.hstack([numpy(obs), numpy(action)])))))
+    np.testing.assert_allclose(numpy(qf(obs, action)), linear(qf.fc3, x)[:, 0], atol=1e-6)
+    assert [tuple(p.shape) for p in qf.parameters()][::2] == [(256, 5), (256, 256), (1, 256)]
+
+
+def test_q_has_shape_n(script):
+    _, qf = networks(script)
+    assert qf(torch.randn(7, 3), torch.randn(7, 1)).shape == (7,)
+    assert qf(torch.randn(1, 3), torch.randn(1, 1)).shape == (1,)
+
+
+# Actions and noise
+
+BOUNDS = [((-0.4,), (0.4,)), ((-3.0,), (1.0,)), ((-0.4, -3.0, 2.0), (0.4, 1.0, 2.5))]
+
+
+@pytest.mark.parametrize("low, high", BOUNDS)
+def test_actions_reach_their_own_bounds_and_no_further(script, low, high):
+    actor, _ = networks(script, low=low, high=high)
+    obs = torch.randn(4, 3)
+    with torch.no_grad():
+        for pull, bound in (1e3, high), (-1e3, low):
+            actor.fc_mu.bias.fill_(pull)
+            np.testing.assert_allclose(actor(obs), [bound] * 4, atol=1e-6)
+        actor.fc_mu.weight.zero_()
+        actor.fc_mu.bias.zero_()
+        np.testing.assert_allclose(actor(obs), [np.add(low, high) / 2] * 4, atol=1e-6)
+        far = actor.clip(torch.tensor([[-100.0], [100.0]]).expand(2, len(low)))
+    assert torch.equal(far, torch.tensor([low, high]))
+
+
+@pytest.mark.parametrize("low, high", BOUNDS)
+def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script, low, high):
+    """Each dimension a thousand times over: one call is a thousand samples."""
+    half_range, middle = np.subtract(high, low) / 2, np.add(high, low) / 2
+    actor, _ = networks(script, low=low * 1000, high=high * 1000)
+    nn.init.zeros_(actor.fc_mu.weight), nn.init.zeros_(actor.fc_mu.bias)
+    for std in 0.1, 5.0:
+        process = noise(script, tuple(half_range.tolist()) * 1000, std)
+        greedy, explored = script.explore(actor, torch.zeros(1, 3), process).numpy().reshape(2, 1000, -1)
+        np.testing.assert_allclose(greedy, [middle] * 1000, atol=1e-6)
+        assert (explored >= np.float32(low)).all() and (explored <= np.float32(high)).all()
+        if std == 0.1:
+            np.testing.assert_allclose(explored.std(0) / half_range, std, rtol=0.1)
+            np.testing.assert_allclose(explored.mean(0), middle, atol=0.02 * half_range.max())
+        else:  # clipped, not squashed or drawn anew
+            assert np.isin(explored, np.float32([low, high])).mean() > 0.7
+
+
+def test_gaussian_noise_is_independent_from_step_to_step():
+    process = tuned.GaussianNoise(torch.full((10_000,), 0.3))
+    first, second = process.sample(), process.sample()
+    assert abs(first.std() - 0.3) < 0.01 and abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.05
+
+
+# Replay buffer
+
+
+def transition(rng, i):
+    obs, next_obs = [i, rng.random()], [i + 1, rng.random()]
+    return np.float32(obs), np.float32([rng.random()]), rng.random(), np.float32(next_obs), rng.random() < 0.3
+
+
+def as_rows(batch):
+    columns = batch.obs, batch.action, batch.reward[:, None], batch.next_obs, batch.terminated[:, None]
+    return torch.cat(columns, 1).tolist()
+
+
+def as_row(obs, action, reward, next_obs, terminated):
+    return [*obs.tolist(), *action.tolist(), float(np.float32(reward)), *next_obs.tolist(), float(terminated)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_replay_buffer_is_a_bounded_list(script, seed):
+    """Random operations on the buffer and on a Python list of the last `capacity` rows."""
+    rng = random.Random(seed)
+    capacity = rng.choice([1, 2, 7, 30])
+    buffer, oracle = script.ReplayBuffer(capacity, 2, 1, CPU), []
+    for i in range(200):
+        new = transition(rng, i)
+        buffer.add(*new)
+        oracle = [*oracle, as_row(*new)][-capacity:]
+        if rng.random() < 0.3:
+            batch = buffer.sample(rng.randint(1, 50))
+            assert {len(field) for field in batch} == {len(batch.obs)}
+            assert all(row in oracle for row in as_rows(batch))
+        if rng.random() < 0.1:
+            state, buffer = copy.deepcopy(buffer.state_dict()), script.ReplayBuffer(capacity, 2, 1, CPU)
+            buffer.load_state_dict(state)
+    seen = {tuple(row) for row in as_rows(buffer.sample(40 * capacity))}
+    assert seen == {tuple(row) for row in oracle}
+
+
+@pytest.mark.parametrize("added", [37, 100, 163])
+def test_replay_buffer_samples_uniformly(script, added):
+    buffer, n = script.ReplayBuffer(100, 1, 1, CPU), 200_000
+    for i in range(added):
+        buffer.add([i], [0], 0, [0], False)
+    drawn, counts = np.unique(buffer.sample(n).obs.numpy(), return_counts=True)
+    assert drawn.tolist() == list(range(max(0, added - 100), added))
+    expected = n / len(drawn)
+    chi_square, freedom = ((counts - expected) ** 2 / expected).sum(), len(drawn) - 1
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and standard deviation of chi-square
+
+
+def test_a_batch_is_drawn_with_replacement_and_independently(script):
+    buffer = script.ReplayBuffer(10, 1, 1, CPU)
+    for i in range(10):
+        buffer.add([i], [0], 0, [0], False)
+    first, second = buffer.sample(64).obs, buffer.sample(64).obs
+    assert len(first) == 64 and not torch.equal(first, second)
+
+
+def test_what_lies_in_the_buffer_after_truncation_and_termination(script, run, monkeypatch):
+    """main() itself on a scripted environment: the real last observation, and only `terminated` marked."""
+    buffers = []
+
+    class Spy(script.ReplayBuffer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            buffers.append(self)
+
+    monkeypatch.setattr(script, "ReplayBuffer", Spy)
+    monkeypatch.setattr(stubs.Scripted, "made", [])
+    run(script, env_id="stubs:Scripted-v0", total_timesteps=90)
+
+    expected, episode, t = [], 0, 0
+    for action in stubs.Scripted.made[0].actions:
+        length, kind = stubs.Scripted.ENDINGS[episode % 5]
+        over = t + 1 == length
+        terminal = over and kind in ("terminated", "both")
+        expected.append([episode, t, *action.tolist(), 10 * episode + t, episode, t + 1, float(terminal)])
+        episode, t = (episode + 1, 0) if over else (episode, t + 1)
+    assert len(expected) == buffers[0].added == 90
+    assert buffers[0].rows[:90].tolist() == expected
+    assert [episode for episode, *_ in expected[:8]] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+    actions = np.array([row[2:4] for row in expected])
+    assert (actions >= stubs.LOW).all() and (actions <= stubs.HIGH).all()
+    warm_up = actions[: TINY["learning_starts"]]  # uniform over each dimension's own range
+    np.testing.assert_allclose(warm_up.min(0), stubs.LOW, atol=0.3)
+    np.testing.assert_allclose(warm_up.max(0), stubs.HIGH, atol=0.3)
+
+
+# Losses
+
+
+def test_critic_loss_by_hand(script):
+    """Networks as lambdas: mu'(s) = 2 s, Q'(s, a) = s + 10 a, Q(s, a) = 3 s + a."""
+    batch = script.Batch(
+        obs=torch.tensor([[1.0], [2.0], [3.0]]),
+        action=torch.tensor([[0.5], [0.0], [-1.0]]),
+        reward=torch.tensor([1.0, 2.0, 3.0]),
+        next_obs=torch.tensor([[1.0], [0.1], [2.0]]),
+        terminated=torch.tensor([0.0, 0.0, 1.0]),
+    )
+    loss, q = script.critic_loss(
+        qf=lambda obs, action: (3 * obs + action).squeeze(1),
+        target_actor=lambda obs: 2 * obs,
+        target_qf=lambda obs, action: (obs + 10 * action).squeeze(1),
+        batch=batch,
+        gamma=0.5,
+    )
+    # Q' = 21, 2.1, 42; y = 1 + 10.5, 2 + 1.05, 3 (terminated); Q = 3.5, 6, 8; y - Q = 8, -2.95, -5
+    assert q.tolist() == [3.5, 6.0, 8.0]
+    assert loss.item() == pytest.approx((8**2 + 2.95**2 + 5**2) / 3, rel=1e-6)
+
+
+def test_critic_loss_gives_the_targets_no_gradient(script):
+    _, qf = networks(script)
+    target_actor, target_qf = networks(script)
+    loss, _ = script.critic_loss(qf, target_actor, target_qf, random_batch(script), 0.99)
+    loss.backward()
+    assert all(p.grad is None for network in (target_actor, target_qf) for p in network.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in qf.parameters())
+
+
+def test_actor_loss_by_hand(script):
+    loss = script.actor_loss(
+        actor=lambda obs: 2 * obs,
+        qf=lambda obs, action: (obs + 10 * action).squeeze(1),
+        obs=torch.tensor([[1.0], [3.0]]),
+    )
+    assert loss.item() == -(21 + 63) / 2
+
+
+def agent(script, **options):
+    """Both networks, their targets (which have already drifted off), and their optimisers."""
+    actor, qf = networks(script, **options)
+    target_actor, target_qf = networks(script, **options)
+    optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
+    return [actor, qf, target_actor, target_qf, *optimizers]
+
+
+def test_the_actors_update_leaves_the_critic_untouched(script):
+    """The critic moves and has gradients exactly as when the actor is not updated."""
+    with_actor, batch = agent(script), random_batch(script)
+    without_actor = copy.deepcopy(with_actor)
+    script.update(*with_actor, batch, 0.99, 0.01, True)
+    script.update(*without_actor, batch, 0.99, 0.01, False)
+    for one, other in zip(with_actor[1].parameters(), without_actor[1].parameters(), strict=True):
+        assert torch.equal(one, other) and torch.equal(one.grad, other.grad)
+    assert not torch.equal(weights(with_actor[0]), weights(without_actor[0]))
+
+
+def test_update_moves_the_targets_by_tau_and_only_with_the_actor(script):
+    networks_and_optimizers = agent(script)
+    before = [weights(network) for network in networks_and_optimizers[:4]]
+    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, False)
+    after = [weights(network) for network in networks_and_optimizers[:4]]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
+    assert set(losses) == {"losses/qf1_loss", "losses/qf1_values"}
+
+    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, True)
+    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    torch.testing.assert_close(target_actor, 0.75 * before[2] + 0.25 * actor)  # the already updated actor
+    torch.testing.assert_close(target_qf, 0.75 * before[3] + 0.25 * qf)
+    assert set(losses) == {"losses/qf1_loss", "losses/qf1_values", "losses/actor_loss"}
+
+
+def test_tau_1_makes_the_targets_copies(script):
+    networks_and_optimizers = agent(script)
+    script.update(*networks_and_optimizers, random_batch(script), 0.99, 1.0)
+    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    assert torch.equal(actor, target_actor) and torch.equal(qf, target_qf)
+
+
+# One whole update against stable-baselines3
+
+OBS_DIM, ACTION_DIM, GAMMA, TAU, LR, L2 = 5, 2, 0.97, 0.01, (1e-4, 1e-3), 1e-2
+
+
+class Space(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (OBS_DIM,))
+    action_space = gym.spaces.Box(-1, 1, (ACTION_DIM,))
+
+
+class Critic(nn.Module):
+    """The paper's critic as stable-baselines3 calls one, whose own networks can't take the action at layer two."""
+
+    def __init__(self, qf):
+        super().__init__()
+        self.qf = qf
+
+    def forward(self, obs, action):
+        return (self.qf(obs, action)[:, None],)
+
+    def q1_forward(self, obs, action):
+        return self(obs, action)[0]
+
+
+@pytest.mark.parametrize("case", ["tuned", "paper", "paper with batch normalisation"])
+def test_ten_updates_equal_stable_baselines3(case, monkeypatch):
+    script, batch_norm = tuned if case == "tuned" else paper, "batch norm" in case
+    options = {} if script is tuned else {"batch_norm": batch_norm}
+    shapes = dict(obs_dim=OBS_DIM, low=(-1.0,) * ACTION_DIM, high=(1.0,) * ACTION_DIM)
+    ours = [*networks(script, **shapes, **options), *networks(script, **shapes, **options)]
+    for network in ours[2:]:
+        network.requires_grad_(False)
+    optimizers = [
+        torch.optim.Adam(ours[0].parameters(), LR[0], fused=True),
+        torch.optim.Adam(ours[1].parameters(), LR[1], fused=True, weight_decay=L2),
+    ]
+
+    peer = DDPG("MlpPolicy", Space(), gamma=GAMMA, tau=TAU, buffer_size=1, policy_kwargs=dict(net_arch=[256, 256]))
+    if script is tuned:
+        theirs = [peer.actor, peer.critic, peer.actor_target, peer.critic_target]
+        for network, source in zip(theirs, ours, strict=True):
+            for parameter, value in zip(network.parameters(), source.parameters(), strict=True):
+                parameter.data.copy_(value)
+    else:
+        actor, qf, target_actor, target_qf = copy.deepcopy(ours)
+        theirs = [actor, Critic(qf), target_actor, Critic(target_qf)]
+        peer.actor, peer.critic, peer.actor_target, peer.critic_target = theirs
+        # stable-baselines3 has its targets normalise by running averages; the paper script by the batch
+        monkeypatch.setattr(TD3Policy, "set_training_mode", lambda policy, mode: [n.train(mode) for n in theirs])
+    peer.actor.optimizer = torch.optim.Adam(peer.actor.parameters(), LR[0])
+    peer.critic.optimizer = torch.optim.Adam(peer.critic.parameters(), LR[1], weight_decay=L2)
+    peer._update_learning_rate = lambda optimizers: None  # it knows only one for both
+    peer.set_logger(Logger(folder=None, output_formats=[]))
+
+    for _ in range(10):
+        batch = random_batch(script, OBS_DIM, ACTION_DIM, 64)
+        samples = ReplayBufferSamples(
+            batch.obs, batch.action, batch.next_obs, batch.terminated[:, None], batch.reward[:, None]
+        )
+        monkeypatch.setattr(peer.replay_buffer, "sample", lambda *args, samples=samples, **kwargs: samples)
+        peer.train(gradient_steps=1, batch_size=64)
+        losses = script.update(*ours, *optimizers, batch, GAMMA, TAU)
+
+        logged = peer.logger.name_to_value
+        assert losses["losses/qf1_loss"].item() == pytest.approx(logged["train/critic_loss"], abs=1e-6)
+        assert losses["losses/actor_loss"].item() == pytest.approx(logged["train/actor_loss"], abs=1e-6)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(weights(mine), weights(other), atol=1e-6, rtol=0)
+
+
+# Evaluation
+
+
+class Countdown(gym.Env):
+    """Pays 1, 2, 3, ... for as many steps as the environment's number says; the first one's end is terminal."""
+
+    def __init__(self, length):
+        self.length, self.seeds, self.actions = length, [], []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.t = 0
+        return np.float32([0, self.length]), {}
+
+    def step(self, action):
+        self.actions.append(action.tolist())
+        self.t += 1
+        over = self.t == self.length
+        return np.float32([self.t, self.length]), self.t, over and self.length == 2, over and self.length != 2, {}
+
+
+class Follow(nn.Module):
+    """mu(s) = the first observation, so that each action shows what was observed; Q(s, a) = the second."""
+
+    action_low, action_high = torch.tensor([-10.0]), torch.tensor([2.5])
+
+    def forward(self, obs, action=None):
+        return obs[:, :1] if action is None else obs[:, 1] + action[:, 0]
+
+    def clip(self, action):
+        return action.clamp(self.action_low, self.action_high)
+
+
+def test_evaluate_by_hand(script):
+    envs = [Countdown(2), Countdown(4), Countdown(1)]
+    returns, discounted, q_estimates = script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
+    assert returns.tolist() == [3, 10, 1]
+    assert discounted.tolist() == [1 + 1, 1 + 1 + 0.75 + 0.5, 1]
+    assert q_estimates.tolist() == [2, 4, 1]
+    assert [env.actions for env in envs] == [[[0], [1]], [[0], [1], [2], [2.5]], [[0]]]
+    script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
+    script.evaluate(Follow(), Follow(), envs, seed=4, gamma=0.5)
+    starts = [tuple(env.seeds) for env in envs]
+    assert all(first == second != third for first, second, third in starts)  # a run's are the same; another's not
+    assert len(set(sum(starts, ()))) == 6
+
+
+def test_evaluation_leaves_training_alone(script, run):
+    """An evaluation takes no random number and moves nothing: with or without, the same weights."""
+    with_evaluations = model(run(script, run_name="a"))
+    without = model(run(script, run_name="b", eval_interval=0))
+    assert all(torch.equal(with_evaluations["actor"][k], without["actor"][k]) for k in without["actor"])

@@ -1,0 +1,32 @@
+"""It learns: Pendulum-v1, three seeds at once, each in a process of its own with one thread."""
+
+import subprocess
+
+import pytest
+from conftest import command, environment, eval_rows, paper, tuned
+
+CASES = {  # a shorter warm-up and, for the tuned script, a smaller batch: it is sooner done
+    tuned: dict(total_timesteps=15_000, learning_starts=1000, batch_size=128),
+    paper: dict(total_timesteps=20_000, learning_starts=1000, batch_size=64),
+}
+COMMON = dict(env_id="Pendulum-v1", buffer_size=20_000, eval_interval=1000, eval_episodes=10, checkpoint_interval=0)
+
+
+@pytest.mark.parametrize("script", CASES, ids=lambda script: script.SCRIPT)
+def test_learns_pendulum_from_three_seeds(script, tmp_path):
+    """Swinging up and standing costs 150 an episode, hanging about 1,200."""
+    seeds = 1, 2, 3
+    flags = COMMON | CASES[script]
+    runs = [
+        subprocess.Popen(
+            command(script, **flags, seed=seed, run_name=f"seed{seed}"),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        for seed in seeds
+    ]
+    assert [process.wait() for process in runs] == [0, 0, 0]
+    means = [[row["mean"] for row in eval_rows(tmp_path / f"runs/seed{seed}")] for seed in seeds]
+    assert all(max(each) > -200 for each in means), means
+    assert all(each[0] < -500 for each in means), means  # that was no accident of the environment

@@ -1,0 +1,378 @@
+"""What only the paper's script has: its networks, batch normalisation, Ornstein-Uhlenbeck noise, and pixels."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import stubs
+import torch
+from conftest import CPU, eval_rows, model, networks, numpy, random_batch, scalars, weights
+from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
+
+import ddpg_paper_faithful as paper
+
+LOW, HIGH = torch.tensor([-1.0] * 6), torch.tensor([1.0] * 6)
+PIXELS = (9, 64, 64)
+
+
+def parameters(network) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+# Networks
+
+
+@pytest.mark.parametrize("obs_shape, papers", [((17,), 130_000), (PIXELS, 430_000)])
+def test_about_as_many_parameters_as_the_paper(obs_shape, papers):
+    for network in paper.Actor(obs_shape, LOW, HIGH, False), paper.QNetwork(obs_shape, 6, False):
+        assert abs(parameters(network) / papers - 1) < 0.1
+
+
+def test_layers_and_where_the_action_enters():
+    actor, qf = networks(paper, obs_dim=17, low=LOW.tolist(), high=HIGH.tolist())
+    assert [tuple(p.shape) for p in actor.parameters()][::2] == [(400, 17), (300, 400), (6, 300)]
+    assert [tuple(p.shape) for p in qf.parameters()][::2] == [(400, 17), (300, 400 + 6), (1, 300)]
+    actor, qf = paper.Actor(PIXELS, LOW, HIGH, False), paper.QNetwork(PIXELS, 6, False)
+    convolutions = [(32, 9, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3)]
+    assert [tuple(p.shape) for p in actor.parameters()][::2] == [*convolutions, (200, 2048), (200, 200), (6, 200)]
+    assert [tuple(p.shape) for p in qf.parameters()][::2] == [*convolutions, (200, 2048), (200, 206), (1, 200)]
+
+
+def normalised(norm, x):
+    """Batch normalisation by the running averages."""
+    return (x - numpy(norm.running_mean)) / np.sqrt(numpy(norm.running_var) + norm.eps) * numpy(norm.weight) + numpy(
+        norm.bias
+    )
+
+
+def linear(layer, x):
+    return x @ numpy(layer.weight).T + numpy(layer.bias)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def test_networks_with_batch_normalisation_by_hand():
+    """On the observation, all of the actor's layers, and the critic's before the action; after the linear map."""
+    actor, qf = networks(paper, obs_dim=3, low=(-0.4, -3.0), high=(0.4, 1.0), batch_norm=True)
+    for norm in (m for network in (actor, qf) for m in network.modules() if isinstance(m, torch.nn.BatchNorm1d)):
+        for tensor in norm.weight, norm.bias, norm.running_mean, norm.running_var:
+            torch.nn.init.uniform_(tensor.data, 0.5, 2)
+    for layer in actor.fc_mu, qf.fc3:
+        torch.nn.init.uniform_(layer.weight, -0.1, 0.1)
+    actor.eval(), qf.eval()
+    obs, action = torch.randn(5, 3), torch.randn(5, 2)
+
+    x = relu(normalised(actor.norm1, linear(actor.fc1, normalised(actor.input, numpy(obs)))))
+    x = relu(normalised(actor.norm2, linear(actor.fc2, x)))
+    expected = np.tanh(linear(actor.fc_mu, x)) * [0.4, 2.0] + [0.0, -1.0]
+    np.testing.assert_allclose(numpy(actor(obs)), expected, atol=1e-5)
+
+    x = relu(normalised(qf.norm1, linear(qf.fc1, normalised(qf.input, numpy(obs)))))
+    x = relu(linear(qf.fc2, np.hstack([x, numpy(action)])))
+    np.testing.assert_allclose(numpy(qf(obs, action)), linear(qf.fc3, x)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("obs_shape, output_bound", [((17,), 3e-3), (PIXELS, 3e-4)])
+def test_initial_weights(obs_shape, output_bound):
+    """Uniform: within the bound, and near it; the fan-in of the layer that the action enters counts both."""
+    for network in paper.Actor(obs_shape, LOW, HIGH), paper.QNetwork(obs_shape, 6):
+        layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+        for layer in layers:
+            inputs = {torch.nn.Linear: lambda m: m.in_features, torch.nn.Conv2d: lambda m: m.in_channels * 9}
+            bound = output_bound if layer is layers[-1] else 1 / inputs[type(layer)](layer) ** 0.5
+            assert 0.97 * bound < layer.weight.abs().max() <= bound
+            assert layer.bias.abs().max() <= bound
+            assert len(layer.bias) < 30 or layer.bias.abs().max() > 0.85 * bound
+            if layer.weight.numel() > 1000:  # a uniform distribution's standard deviation
+                assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("name, bound", [("xavier", (6 / (400 + 300)) ** 0.5), ("kaiming", (6 / 400) ** 0.5)])
+def test_other_initial_weights(name, bound):
+    actor, _ = networks(paper, weights_init=name)
+    assert 0.97 * bound < actor.fc2.weight.abs().max() <= bound and not actor.fc2.bias.any()
+    assert actor.fc_mu.weight.abs().max() <= 3e-3
+
+
+def test_learning_rates_and_weight_decay_sit_on_the_right_networks(run, monkeypatch):
+    """CleanRL's documentation has the learning rates swapped. L2 is coupled and acts on the critic only."""
+    seen = []
+    update = paper.update
+    monkeypatch.setattr(paper, "update", lambda *args: seen.append(args) or update(*args))
+    run(paper, actor_lr=0.02, critic_lr=0.03, critic_weight_decay=0.04)
+    actor, qf, _, _, *optimizers = seen[0][:6]
+    for network, optimizer, lr, decay in zip((actor, qf), optimizers, (0.02, 0.03), (0, 0.04), strict=True):
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.Adam
+        assert (group["lr"], group["weight_decay"]) == (lr, decay) and not group["decoupled_weight_decay"]
+        assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
+
+
+# Batch normalisation
+
+
+def agent():
+    actor, qf = (network.eval() for network in networks(paper, batch_norm=True))  # as main makes them
+    target_actor, target_qf = copy.deepcopy(actor), copy.deepcopy(qf)
+    optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
+    return [actor, qf, target_actor, target_qf, *optimizers]
+
+
+def averages(network):
+    return {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
+
+
+def test_running_averages_by_hand():
+    """Observations 1 and 3: mean 2, variance 2 (of a sample). A tenth of the way from (0, 1) is (0.2, 1.1)."""
+    everything = agent()
+    obs = torch.tensor([[1.0] * 3, [3.0] * 3])
+    batch = paper.Batch(obs, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2))
+    paper.update(*everything, batch, 0.99, 0.001)
+    torch.testing.assert_close(everything[0].input.running_mean, torch.tensor([0.2] * 3))
+    torch.testing.assert_close(everything[0].input.running_var, torch.tensor([1.1] * 3))
+
+
+def test_acting_depends_on_no_batch():
+    """After an update, acting and evaluating use running averages, and leave them as they are."""
+    everything = agent()
+    paper.update(*everything, random_batch(paper), 0.99, 0.001)
+    actor, qf = everything[:2]
+    before = averages(actor), averages(qf)
+    obs = torch.randn(8, 3)
+    alone = torch.cat([actor(row[None]) for row in obs])
+    torch.testing.assert_close(actor(obs), alone)
+    torch.testing.assert_close(
+        qf(obs, alone), torch.cat([qf(o[None], a[None]) for o, a in zip(obs, alone, strict=True)])
+    )
+    paper.explore(actor, obs[:1], paper.OrnsteinUhlenbeckNoise(torch.ones(1), 0.15, 0.2, 1.0))
+    for network, saved in zip((actor, qf), before, strict=True):
+        assert all(torch.equal(value, saved[name]) for name, value in averages(network).items())
+
+
+def test_main_acts_by_running_averages(run, monkeypatch):
+    """Also before the first update and after each: explore() and evaluate() never meet a network in training mode."""
+    modes = set()
+    for name in "explore", "evaluate":
+        function = getattr(paper, name)
+
+        def spy(actor, *rest, function=function):
+            modes.add(actor.training)
+            return function(actor, *rest)
+
+        monkeypatch.setattr(paper, name, spy)
+    run(paper)
+    assert modes == {False}
+
+
+def test_targets_normalise_by_the_batch():
+    """Their running averages, which nothing keeps up to date, are never used: they may hold anything."""
+    everything = agent()
+    others = copy.deepcopy(everything)
+    for target in others[2:4]:
+        for name, value in target.state_dict().items():
+            if "running" in name:
+                value.fill_(float("nan"))
+    for _ in range(3):
+        batch = random_batch(paper)
+        losses = [paper.update(*each, batch, 0.99, 0.5) for each in (everything, others)]
+        assert losses[0] == losses[1]
+    assert all(torch.equal(weights(a), weights(b)) for a, b in zip(everything[:4], others[:4], strict=True))
+
+
+def test_targets_value_by_hand():
+    """One observation twice has no spread: the normalised input is 0 whatever the running averages say."""
+    actor, qf = networks(paper, batch_norm=True)
+    actor.train(), qf.train()
+    batch = random_batch(paper, n=2)._replace(next_obs=torch.full((2, 3), 7.0), terminated=torch.zeros(2))
+    loss, q = paper.critic_loss(qf, actor, qf, batch, gamma=0.5)
+    hidden = relu(numpy(qf.norm1.bias))  # zeros normalised are zeros; only the bias is left
+    action = numpy(actor(batch.next_obs))
+    next_q = linear(qf.fc3, relu(linear(qf.fc2, np.hstack([np.tile(hidden, (2, 1)), action]))))[:, 0]
+    y = numpy(batch.reward) + 0.5 * next_q
+    assert loss.item() == pytest.approx(((y - numpy(q)) ** 2).mean(), rel=1e-5)
+
+
+def test_saving_keeps_the_running_averages(run, monkeypatch):
+    trained = []
+    evaluate = paper.evaluate
+    monkeypatch.setattr(paper, "evaluate", lambda *args: trained.append(args[:2]) or evaluate(*args))
+    saved = model(run(paper))
+    for key, network in zip(("actor", "qf"), trained[-1], strict=True):
+        kept = averages(network)
+        assert kept and all(torch.equal(saved[key][name], value) for name, value in kept.items())
+        assert all(value.abs().sum() > 0 for value in kept.values())
+
+
+def test_no_batch_norm_means_none(run):
+    assert not [name for name in model(run(paper, batch_norm=False))["actor"] if "running" in name or "norm" in name]
+
+
+# Ornstein-Uhlenbeck noise
+
+
+@pytest.mark.parametrize("dt, std, lag, burn_in", [(1.0, 0.3797, 6, 60), (0.01, 0.3653, 666, 4000)])
+def test_ou_noise_matches_theory(dt, std, lag, burn_in):
+    """x' = a x + b N with a = 1 - theta dt: standard deviation b / sqrt(1 - a^2), autocorrelation a^lag, about 1/e."""
+    noise = paper.OrnsteinUhlenbeckNoise(torch.ones(20_000), 0.15, 0.2, dt)
+    for _ in range(burn_in):
+        first = noise.sample()
+    for _ in range(lag):
+        last = noise.sample()
+    assert first.std() == pytest.approx(std, rel=0.03) and last.std() == pytest.approx(std, rel=0.03)
+    assert abs(last.mean()) < 0.02
+    correlation = torch.corrcoef(torch.stack([first, last]))[0, 1]
+    assert correlation == pytest.approx((1 - 0.15 * dt) ** lag, abs=0.03)
+
+
+@pytest.mark.parametrize("dt", [1.0, 0.01])
+def test_ou_noise_equals_stable_baselines3s(dt, monkeypatch):
+    """Fed with the same normal numbers, over an episode's end too."""
+    ours = paper.OrnsteinUhlenbeckNoise(torch.ones(3), 0.15, 0.2, dt)
+    theirs = OrnsteinUhlenbeckActionNoise(np.zeros(3), 0.2 * np.ones(3), 0.15, dt)
+    normal = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    for step, numbers in enumerate(normal):
+        monkeypatch.setattr(torch, "randn_like", lambda x, numbers=numbers: torch.from_numpy(numbers))
+        monkeypatch.setattr(np.random, "normal", lambda size, numbers=numbers: numbers)
+        np.testing.assert_allclose(ours.sample(), theirs(), atol=1e-6)
+        if step == 20:
+            ours.reset(), theirs.reset()
+    ours.reset()
+    assert not ours.x.any()
+
+
+def test_ou_noise_is_scaled_per_dimension():
+    noise = paper.OrnsteinUhlenbeckNoise(torch.tensor([0.4, 2.0]).repeat(5000), 0.15, 0.2, 1.0)
+    for _ in range(30):
+        sample = noise.sample()
+    np.testing.assert_allclose(sample.reshape(5000, 2).std(0), [0.3797 * 0.4, 0.3797 * 2.0], rtol=0.05)
+
+
+def test_ou_noise_restarts_with_each_episode(run, monkeypatch):
+    resets = []
+
+    class Spy(paper.OrnsteinUhlenbeckNoise):
+        def reset(self):
+            super().reset()
+            resets.append(self)
+
+    monkeypatch.setattr(paper, "OrnsteinUhlenbeckNoise", Spy)
+    run(paper)  # twelve episodes of ten steps
+    assert len(resets) == 12
+
+
+# Pixels
+
+
+def scripted(size=64):
+    return paper.PixelObservation(stubs.Scripted("rgb_array", size))
+
+
+def read(obs):
+    """(episode, step) of each of the three frames, read from the picture's red and green."""
+    assert obs.shape == PIXELS and obs.dtype == np.uint8
+    frames = obs.reshape(3, 3, 64, 64)
+    assert (frames[:, :2] == frames[:, :2, :1, :1]).all()
+    assert (frames[:, 2, :32, :16] == 200).all() and frames[
+        :, 2
+    ].sum() == 3 * 200 * 32 * 16  # rows and columns in place
+    return [tuple(frame[:2, 0, 0].tolist()) for frame in frames]
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_frames_repeat_and_episode_ends(size):
+    """ENDINGS: 3 steps, truncated; 2, terminated; 4, both; 1, terminated."""
+    env, action = scripted(size), np.zeros(2, np.float32)
+
+    def step():
+        obs, *rest = env.step(action)
+        return [read(obs), *rest[:3]]
+
+    assert read(env.reset()[0]) == [(0, 0)] * 3
+    assert step() == [[(0, 1), (0, 2), (0, 3)], 0 + 1 + 2, False, True]
+    assert read(env.reset()[0]) == [(1, 0)] * 3
+    assert step() == [[(1, 1), (1, 2), (1, 2)], 10 + 11, True, False]
+    assert read(env.reset()[0]) == [(2, 0)] * 3
+    assert step() == [[(2, 1), (2, 2), (2, 3)], 20 + 21 + 22, False, False]
+    assert step() == [[(2, 4), (2, 4), (2, 4)], 23, True, True]
+    assert read(env.reset()[0]) == [(3, 0)] * 3
+    assert step() == [[(3, 1)] * 3, 30, True, False]
+    assert len(env.unwrapped.actions) == 3 + 2 + 4 + 1
+
+
+def test_pixel_networks_scale_frames_to_0_1():
+    for network in paper.Actor(PIXELS, LOW, HIGH, False), paper.QNetwork(PIXELS, 6, False):
+        seen = []
+        network.input[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        frames = torch.randint(0, 256, (4, *PIXELS), dtype=torch.uint8)
+        actions = [torch.zeros(4, 6)] if isinstance(network, paper.QNetwork) else []
+        network(frames, *actions)
+        torch.testing.assert_close(seen[0], frames.float() / 255)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pixel_replay_buffer_is_a_bounded_list(seed):
+    rng = random.Random(seed)
+    capacity = rng.choice([1, 3, 8])
+    buffer, oracle = paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU), []
+    assert buffer.frames.dtype == torch.uint8
+    for _ in range(60):
+        obs, next_obs = (np.array([rng.randrange(256) for _ in range(4)], np.uint8).reshape(1, 2, 2) for _ in range(2))
+        action, reward, terminated = np.float32([rng.random(), rng.random()]), rng.randrange(100), rng.random() < 0.5
+        buffer.add(obs, action, reward, next_obs, terminated)
+        row = *obs.flatten().tolist(), *action.tolist(), reward, *next_obs.flatten().tolist(), float(terminated)
+        oracle = [*oracle, row][-capacity:]
+        if rng.random() < 0.2:
+            state, buffer = copy.deepcopy(buffer.state_dict()), paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU)
+            buffer.load_state_dict(state)
+        batch = buffer.sample(20 * capacity)
+        columns = batch.obs.flatten(1), batch.action, batch.reward[:, None], batch.next_obs.flatten(1)
+        rows = torch.cat([*columns, batch.terminated[:, None]], 1).tolist()
+        assert all(tuple(row) in oracle for row in rows)
+    assert {tuple(row) for row in rows} == set(oracle)
+
+
+def test_a_run_from_pixels(run, monkeypatch):
+    """Through warm-up, learning, evaluation and saving; and what lies in the buffer, frame by frame."""
+    buffers = []
+
+    class Spy(paper.PixelReplayBuffer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            buffers.append(self)
+
+    monkeypatch.setattr(paper, "PixelReplayBuffer", Spy)
+    flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=None, eval_interval=20)
+    run_dir = run(paper, pixels=True, **flags)
+    frames, first = buffers[0].frames[:4].numpy(), buffers[0].rows[0, 0]
+    # the first reset of each environment, in make_env, tries the rendering: episode 0 is never played
+    seen = [(read(obs), read(next_obs)) for obs, next_obs in frames]
+    start = seen[0][0][0][0]
+    by_episode = [
+        (obs[0][0] - start, [step for _, step in obs], [step for _, step in next_obs]) for obs, next_obs in seen
+    ]
+    assert all(obs[0][0] == next_obs[0][0] for obs, next_obs in seen) and first == first
+    lengths = [stubs.Scripted.ENDINGS[(start + i) % 5][0] for i in range(4)]
+    episode = t = 0
+    for number, obs_steps, next_steps in by_episode:
+        length = lengths[episode]
+        expected = [min(t + i, length) for i in (1, 2, 3)]
+        assert (number, next_steps) == (episode, expected)
+        assert obs_steps == ([0, 0, 0] if t == 0 else [t - 2, t - 1, t])
+        t += 3
+        if t >= length:
+            episode, t = episode + 1, 0
+    assert [row["global_step"] for row in eval_rows(run_dir)] == [20, 40]
+    assert np.isfinite([value for _, value in scalars(run_dir)["losses/qf1_loss"]]).all()
+
+
+def test_pixels_of_a_real_environment():
+    """Pendulum draws itself without GL: 500 x 500, shrunk to 64 x 64, and it is no blank picture."""
+    pytest.importorskip("pygame")
+    env = paper.make_env(paper.Args(env_id="Pendulum-v1", pixels=True))
+    obs, _ = env.reset(seed=0)
+    moved, *_ = env.step(env.action_space.high)
+    assert obs.shape == PIXELS and obs.dtype == np.uint8 and obs.std() > 5
+    assert (moved[:3] != moved[6:]).any()
