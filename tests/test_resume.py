@@ -391,7 +391,6 @@ MOMENTS = {  # after the first checkpoint
     "writing": ("torch.save", 4),
     "flushing": ("os.fsync", 7),
     "renaming": ("os.replace", 7),
-    "deleting": ("os.unlink", 7),
     "logging": ("queue.Queue.put", 40),
     "waiting for the log": ("queue.Queue.join", 4),
 }
@@ -406,17 +405,17 @@ def test_stopped(tmp_path, uninterrupted, moment):
     assert "Error" not in ended.output and "Exception" not in ended.output
     run_dir = tmp_path / "runs/x"
     assert not list(run_dir.glob("*.tmp"))
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] in (200, 400)
-    assert torch.load(run_dir / "model.pt", weights_only=True)["global_step"] in (200, 400)
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] % 200 == 0
+    assert torch.load(run_dir / "model.pt", weights_only=True)["global_step"] % 200 == 0
     assert dashboard(run_dir)["eval/episodic_return"][0][0] == 200
     assert run(tmp_path, TUNED, "--resume runs/x").code == 0
     assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
 
 
 def test_stops_within_a_second_or_so(tmp_path):
-    process = Run(tmp_path, TUNED, f"{SMALL} --env-id HalfCheetah-v5 --eval-interval 350 --eval-episodes 20")
-    process.wait_for("\nstep 350: ")
-    time.sleep(random.uniform(0, 1))
+    hook = before(STEP, 10_000, "print('evaluating', flush=True)")  # of 400,000 steps
+    process = Run(tmp_path, TUNED, f"{PENDULUM} --eval-interval 50 --eval-episodes 2000", hook)
+    process.wait_for("evaluating")
     start = time.time()
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20).code == 143
@@ -437,9 +436,9 @@ def test_a_second_interrupt_ends_it_at_once(tmp_path):
 FILL = "open('runs/filler', 'wb', 0).write(bytes(10**8))"
 FILL_UP_TO_64_KB = FILL + "\nos.truncate('runs/filler', os.path.getsize('runs/filler') - 2**16)"
 FULL = {  # when it happens, what then fails
-    "eval.csv": (before(STEP, 700, FILL), ["eval.csv", "model.pt", "checkpoint.pt", "result.json"]),
-    "model.pt": (before("torch.save", 3, FILL), ["model.pt", "checkpoint.pt", "result.json"]),
-    "checkpoint.pt": (before("torch.save", 4, FILL), ["checkpoint.pt", "model.pt", "result.json"]),
+    "eval.csv": (before(STEP, 700, FILL), ["eval.csv", "model.pt", "checkpoint.pt"]),
+    "model.pt": (before("torch.save", 3, FILL), ["model.pt", "checkpoint.pt"]),
+    "checkpoint.pt": (before("torch.save", 4, FILL), ["checkpoint.pt", "model.pt"]),
     "large files": (before("torch.save", 3, FILL_UP_TO_64_KB), ["model.pt", "checkpoint.pt"]),
 }
 
@@ -480,7 +479,7 @@ def test_file_size_limit(tmp_path, uninterrupted):
 def test_disk_becomes_read_only(small_disk, uninterrupted):
     hook = before(STEP, 700, "assert os.system('mount -o remount,ro runs') == 0")
     ended, run_dir = run(small_disk, TUNED, PENDULUM, hook), small_disk / "runs/x"
-    failed = ["eval.csv", "model.pt", "checkpoint.pt", "TensorBoard", "result.json"]
+    failed = ["eval.csv", "model.pt", "checkpoint.pt", "TensorBoard"]
     assert_went_on(ended, failed, run_dir, "Read-only file system")
     assert_refused(small_disk, TUNED, "--resume runs/x", "cannot write to runs/x")
     assert_refused(small_disk, TUNED, PENDULUM.replace("-name x", "-name y"), "cannot write to runs/y")
@@ -568,7 +567,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     flags += " --eval-interval 0 --checkpoint-interval 8e3"
     before_saving = PEAK + "open('/proc/self/clear_refs', 'w').write('5'); print('before:', memory('VmRSS'))"
     after_saving = PEAK + "print('peak:', memory('VmHWM'))"
-    hook = before("torch.save", 1, before_saving) + before("os.replace", 2, after_saving)
+    hook = before("psutil.Process", 8, before_saving) + before("os.replace", 2, after_saving)
     ended = run(tmp_path, TUNED, flags + " --keep-checkpoint", hook)
     words = ended.output.split()
     used, peak = (float(words[words.index(word) + 1]) for word in ("before:", "peak:"))
