@@ -567,7 +567,7 @@ def test_output_to_a_pipe_is_a_few_plain_lines(script, tmp_path):
     assert lines[1] == "cpu, 1 CPU threads; replay buffer 0.00 GiB when full"
     for step, line in zip((60, 120), lines[2:4], strict=True):
         assert re.fullmatch(rf"step {step}: evaluation -[\d.]+, \d+ steps/s, \d\d:\d\d left", line)
-    assert lines[4].startswith("complete: ") and len(lines) == 5
+    assert lines[4].startswith("complete after 120 steps in ") and len(lines) == 5
 
 
 def test_a_terminal_shows_a_progress_bar(script, tmp_path):
