@@ -284,7 +284,7 @@ def evaluate(actor, qf, envs, seed, gamma):
     starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
     obs = torch.tensor(np.array(starts), dtype=torch.float32)
     returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
-    while running and not signals:
+    while running and not (signals and step):
         device_obs = obs.to(actor.action_low.device)
         action = actor.clip(actor(device_obs))
         if step == 0:
@@ -314,7 +314,13 @@ def require(condition, message):
 @functools.cache
 def warn(text: str):
     """One line on stderr, the first time."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", sys.stderr)
+
+
+def say(text: str, file=None):
+    with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
+        tqdm.write(text, file=file)
+        (file or sys.stdout).flush()
 
 
 def check_args(args: Args):
@@ -380,21 +386,23 @@ def save(path: Path, contents) -> bool:
             os.fsync(file.fileno())
         temporary.replace(path)
         return True
-    except (OSError, RuntimeError) as error:  # torch.save's full disk is a RuntimeError
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch.save's own error hides the disk's
+            error = error.__context__
         warn(f"cannot write {path}, training goes on: {error}")
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         return False
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, device, **expected) -> dict:
     """What torch.save wrote, if every byte is intact and it holds the expected items; else one line, exit code 2."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None, f"{path} is corrupt")
         contents = torch.load(path, map_location=device, weights_only=True, mmap=True)
-        intact = zipfile.ZipFile(path).testzip() is None
     except Exception as error:  # torch and zipfile raise many kinds on a broken file
         require(False, f"cannot read {path}: {error}".splitlines()[0])
-    require(intact, f"{path} is corrupt")
     for key, value in expected.items():
         found = contents.get(key) if isinstance(contents, dict) else None
         require(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
@@ -462,7 +470,7 @@ def open_run(args: Args, run_dir: Path, device) -> dict | None:
         (run_dir / "result.json").unlink(missing_ok=True)
         for log in run_dir.glob(EVENT_FILES):
             size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
-            log.unlink() if size is None else os.truncate(log, size)
+            log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
     except OSError as error:
         require(False, f"cannot write to {run_dir}: {error}")
     require(save(args_path, json.dumps(record | {"args": asdict(args)}, indent=2)), f"cannot write to {run_dir}")
@@ -569,8 +577,8 @@ def main(args: Args):
     default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or Path("runs", args.run_name or default_name))
     checkpoint = open_run(args, run_dir, device)
-    print(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
-    print(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full", flush=True)
+    say(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
+    say(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full")
     if args.track:
         import wandb
 
@@ -583,13 +591,13 @@ def main(args: Args):
     obs, _ = env.reset(seed=args.seed)
     if checkpoint:
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            part.load_state_dict(checkpoint[name] if part is buffer else copy.deepcopy(checkpoint[name]))  # not mapped
         eval_rows, last_checkpoint = checkpoint["eval_rows"], checkpoint["global_step"]
         start_time -= checkpoint["seconds"]
         restore_random_states(checkpoint["random_states"], env)
         obs, _ = env.reset()
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
-            print("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
+            say("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 
     def on_signal(number, frame):  # only notes it: an exception just anywhere, in the log's queue say, could hang
         signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
@@ -603,7 +611,7 @@ def main(args: Args):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
-    episode_return, episode_length, shown = 0.0, 0, {}
+    episode_return, episode_length, shown, whole = 0.0, 0, {}, True
     bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=None, dynamic_ncols=True)
     with Log(str(run_dir)) as log, bar:
         flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -656,13 +664,13 @@ def main(args: Args):
                 stop_if_asked()
                 statistics = returns.mean(), returns.std(), returns.min(), returns.max()
                 eval_rows.append([global_step, *map(float, statistics), len(returns)])
-                save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
+                whole = save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
                 scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
                 log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
                 shown["evaluation"] = f"{returns.mean():.1f}"
             if args.save_model and (evaluating or last_step):
                 model = dict(script=SCRIPT, env_id=args.env_id, obs_dim=obs_dim, global_step=global_step)
-                save(run_dir / "model.pt", model | dict(actor=actor.state_dict(), qf=qf.state_dict()))
+                whole = save(run_dir / "model.pt", model | dict(actor=actor.state_dict(), qf=qf.state_dict())) and whole
 
             if episode_over:
                 scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
@@ -686,7 +694,7 @@ def main(args: Args):
                 speed = global_step / (time.time() - start_time)
                 left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
                 known = "".join(f"{name} {value}, " for name, value in shown.items())
-                print(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left", flush=True)
+                say(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left")
 
     for each in [env, *eval_envs]:
         each.close()
@@ -694,14 +702,12 @@ def main(args: Args):
     result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
     result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
     result["steps_per_second"] = args.total_timesteps / result["seconds"]
-    if not save(run_dir / "result.json", json.dumps(result, indent=2)):
-        sys.exit(1)
+    if not (whole and save(run_dir / "result.json", json.dumps(result, indent=2))):
+        sys.exit(f"error: the results could not be written; to go on: --resume {run_dir}")
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    known = f"final return {result['final_return']:.1f}, the mean of the last {len(final)} evaluations" if final else ""
-    print(
-        f"complete after {args.total_timesteps:,} steps in {tqdm.format_interval(result['seconds'])}", known, sep="; "
-    )
+    known = f"; final return {result['final_return']:.1f}, the mean of {len(final)} evaluations" if final else ""
+    say(f"complete after {args.total_timesteps:,} steps in {tqdm.format_interval(result['seconds'])}{known}")
 
 
 if __name__ == "__main__":
