@@ -251,21 +251,25 @@ def actor_loss(actor, qf, obs):
     return -qf(obs, actor(obs)).mean()
 
 
+def descend(optimizer, loss):
+    """A step down the loss; gradients are taken of the optimiser's own parameters, so of the actor's alone or Q's."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
 def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
     """One update of Algorithm 1: the critic, then the actor, then both targets.
 
     Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
     """
     qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
-    qf_optimizer.zero_grad()
-    qf_loss.backward()
-    qf_optimizer.step()
+    descend(qf_optimizer, qf_loss)
     losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
     if update_actor:
         mu_loss = actor_loss(actor, qf, batch.obs)
-        actor_optimizer.zero_grad()
-        mu_loss.backward(inputs=list(actor.parameters()))  # no gradient for the critic's weights
-        actor_optimizer.step()
+        descend(actor_optimizer, mu_loss)
         losses["losses/actor_loss"] = mu_loss.detach()
         with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
             targets = [*target_actor.parameters(), *target_qf.parameters()]

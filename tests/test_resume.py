@@ -92,7 +92,7 @@ class Run:
 
     def wait_for(self, text: str):
         end = time.time() + 60
-        while text not in self.output.read_text():
+        while not self.output.exists() or text not in self.output.read_text():
             assert time.time() < end
             time.sleep(0.01)
 
