@@ -100,9 +100,9 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     cudagraphs: bool = False
-    """on a GPU, replay acting and the whole update as CUDA graphs: the same numbers, sooner"""
+    """on a GPU, replay acting and the whole update as CUDA graphs"""
     compile: bool = False
-    """on a GPU, torch.compile acting and the update, alone or under --cudagraphs: the same numbers up to rounding"""
+    """on a GPU, torch.compile acting and the update, alone or under --cudagraphs"""
     num_threads: Int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     track: bool = False
