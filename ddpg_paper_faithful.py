@@ -733,6 +733,7 @@ def main(args: Args):
     if args.compile:
         act, learn = torch.compile(act), torch.compile(learn)
     if args.cudagraphs:
+        torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
         act, learn = cuda_graphed(act), cuda_graphed(learn)
 
