@@ -334,12 +334,6 @@ class OrnsteinUhlenbeckNoise:
         self.x += -self.theta * self.x * self.dt + self.sigma * self.dt**0.5 * torch.randn_like(self.x)
         return self.scale * self.x
 
-    def state_dict(self):
-        return {"x": self.x}
-
-    def load_state_dict(self, state):
-        self.x.copy_(state["x"])
-
 
 @torch.no_grad()
 def explore(actor, obs, noise):
@@ -452,10 +446,8 @@ def check_args(args: Args):
             require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
     require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
-    require(
-        args.batch_size > 1 or args.pixels or not args.batch_norm,
-        "--batch-size must be at least 2: batch normalisation needs it",
-    )
+    alone = args.batch_size == 1 and args.batch_norm and not args.pixels
+    require(not alone, "--batch-size must be at least 2: batch normalisation needs it")
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
@@ -718,7 +710,7 @@ def main(args: Args):
     buffer = buffer_class(args.buffer_size, obs_size, action_dim, device)
     noise = OrnsteinUhlenbeckNoise(actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
     parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
-    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer, noise=noise)
+    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer)
 
     device_obs = torch.empty(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
 
@@ -759,7 +751,6 @@ def main(args: Args):
         start_time -= checkpoint["seconds"]
         restore_random_states(checkpoint["random_states"], env)
         obs, _ = env.reset()
-        noise.reset()
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             say("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: there is a worker a core already
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def command(script, **flags) -> list[str]:
 
 
 def environment(**changed) -> dict:
-    return os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"} | changed
+    return os.environ | {"PYTHONPATH": str(TESTS)} | changed
 
 
 def process(line: list[str], cwd, **env) -> subprocess.CompletedProcess:

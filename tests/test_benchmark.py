@@ -54,7 +54,7 @@ def early(checkpoint):
 
 
 def test_sweep_killed_and_started_again(tmp_path):
-    settings = ["ENVS=Pendulum-v1 InvertedPendulum-v5", "SEEDS=1 2", "STEPS=3e3", "JOBS=2", "OUT=runs/sweep"]
+    settings = ["ENVS=Pendulum-v1 InvertedPendulum-v5", "SEEDS=1 2", "STEPS=2e3", "JOBS=2", "OUT=runs/sweep"]
     out = tmp_path / "runs/sweep"
     process = subprocess.Popen(sweep_command(*settings), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Interrupted when a run is finished, and another one has a checkpoint behind it and most steps before it
@@ -80,7 +80,7 @@ def test_sweep_killed_and_started_again(tmp_path):
         commands = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("$ ")]
         assert len(commands) == 1 + (name in started - finished)  # nothing is run twice
         assert ("--resume" in commands[-1]) == (name in started - finished)
-        assert [step for step, _ in evaluations(out / name)] == list(range(500, 3001, 500))
+        assert [step for step, _ in evaluations(out / name)] == [500, 1000, 1500, 2000]
     assert kept == {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
 
     # Other settings in the same folder would mix two experiments in one table
@@ -96,7 +96,7 @@ def test_sweep_killed_and_started_again(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["env_id"] for row in rows] == ["InvertedPendulum-v5", "Pendulum-v1"]
     for row, pair in zip(rows, (names[:2], names[2:]), strict=True):
-        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)) for name in pair]  # 6 evaluations
+        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)) for name in pair]  # 4 evaluations
         assert [float(value) for value in row["returns"].split()] == pytest.approx(finals, rel=1e-12)
         assert float(row["final_return"]) == pytest.approx(statistics.fmean(finals), rel=1e-12)
         assert float(row["std_over_seeds"]) == pytest.approx(statistics.stdev(finals), rel=1e-9)

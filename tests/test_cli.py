@@ -587,7 +587,7 @@ def test_a_terminal_shows_a_progress_bar(script, tmp_path):
 # Determinism
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def busy_machine():
     """Two processes that keep both cores busy."""
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
@@ -603,11 +603,12 @@ def outcome(run_dir):
     return (run_dir / "eval.csv").read_bytes(), (run_dir / "model.pt").read_bytes(), log
 
 
-def test_the_same_seed_gives_the_same_bytes(script, run, tmp_path, busy_machine):
+def test_the_same_seed_gives_the_same_bytes(script, run, tmp_path):
     """Here and in another process, on a busy machine; another seed gives others."""
     flags = dict(env_id="Pendulum-v1", total_timesteps=300, eval_interval=150)
     here = outcome(run(script, **flags))
-    done = process(command(script, **flags, run_name="again"), tmp_path)
+    with busy_machine():
+        done = process(command(script, **flags, run_name="again"), tmp_path)
     assert done.returncode == 0, done.stderr
     again, other = outcome(tmp_path / "runs/again"), outcome(run(script, **flags, seed=2, run_name="other"))
     assert here == again
