@@ -70,7 +70,7 @@ def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
     returns = []
     for seed in range(1, episodes // EVAL_EPISODES + 1):
         torch.manual_seed(seed)
-        actor = module.Actor(obs, torch.tensor(action.low), torch.tensor(action.high)).eval()
+        actor = module.Actor(obs, *map(torch.from_numpy, module.float32_bounds(action))).eval()
         qf = module.QNetwork(obs, action.shape[0]).eval()
         returns.append(module.evaluate(actor, qf, envs, seed, gamma=0.99)[0].mean())
     return returns
@@ -83,6 +83,8 @@ def main(args: Args):
     for script in args.scripts:
         measured[f"untrained {script}"] = functools.partial(untrained_returns, script)
     rows = []
+    if args.out.exists():  # what was measured of other environments stays
+        rows = [row for row in csv.DictReader(args.out.open()) if row["env_id"] not in args.env_ids]
     for env_id in args.env_ids:
         for policy, measure in measured.items():
             try:

@@ -2,13 +2,16 @@
 
     python benchmark/paper_decisions.py --jobs 2
 
-Each variant changes one decision of the default. Runs go to runs/paper_decisions/, finished ones are skipped, and the
-table goes to benchmark/results/paper_decisions.csv and to the terminal.
+Each variant changes one decision of the default. Runs go to runs/paper_decisions/; the same command again skips the
+finished ones and starts the others over. The table goes to benchmark/results/paper_decisions.csv and to the terminal:
+mean and standard deviation over the seeds of the mean of the last 10 evaluations, 10 episodes each.
 """
 
 import csv
 import functools
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,11 +42,16 @@ class Args:
     """runs at a time, one thread each"""
 
 
+def run_name(variant: str, env_id: str, seed: int) -> str:
+    return f"paper_decisions/{env_id}__{variant.replace(' ', '_').replace(',', '')}__{seed}"
+
+
 def run(variant: str, env_id: str, seed: int):
     """One run, in a process of its own: some variants change the script's functions."""
-    name = f"paper_decisions/{env_id}__{variant.replace(' ', '_').replace(',', '')}__{seed}"
+    name = run_name(variant, env_id, seed)
     if (RUNS / name / "result.json").exists():
         return
+    shutil.rmtree(RUNS / name, ignore_errors=True)
     command = [sys.executable, __file__, "--variant", variant, "--env-id", env_id, "--seed", str(seed)]
     command += ["--total-timesteps", str(STEPS[env_id]), "--eval-interval", "1000", "--run-name", name]
     command += ["--num-threads", "1", "--checkpoint-interval", "0", *VARIANTS[variant]]
@@ -83,15 +91,18 @@ def train(variant: str, flags: list[str]):
 def main(args: Args):
     runs = [(v, env_id, seed) for seed in range(1, args.seeds + 1) for env_id in STEPS for v in VARIANTS]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda arguments: run(*arguments), runs))
+        try:
+            list(pool.map(lambda arguments: run(*arguments), runs))
+        except BaseException:  # a failed run, or Ctrl-C
+            pool.shutdown(cancel_futures=True)
+            raise
     table = [["variant", "environment", "steps", "seeds", "mean", "std", "each seed"]]
     for env_id in STEPS:
         for variant in VARIANTS:
             scores = []
             for seed in range(1, args.seeds + 1):
-                name = f"paper_decisions/{env_id}__{variant.replace(' ', '_').replace(',', '')}__{seed}"
-                rows = list(csv.DictReader(open(RUNS / name / "eval.csv")))
-                scores.append(statistics.mean(float(row["mean"]) for row in rows[-10:]))
+                result = json.loads((RUNS / run_name(variant, env_id, seed) / "result.json").read_text())
+                scores.append(result["final_return"])
             spread = statistics.stdev(scores) if len(scores) > 1 else 0
             row = [variant, env_id, STEPS[env_id], len(scores), f"{statistics.mean(scores):.1f}", f"{spread:.1f}"]
             table.append([*row, " ".join(f"{score:.1f}" for score in scores)])

@@ -34,18 +34,22 @@ def main(args: Args):
     torch.manual_seed(1)
     ones = torch.ones(PROCESSES)
     noises = {
-        "Gaussian, 0.1": (GaussianNoise(0.1 * ones), "#009E73"),
-        "Ornstein-Uhlenbeck, dt = 1": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 1.0), "#0072B2"),
-        "Ornstein-Uhlenbeck, dt = 0.01": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 0.01), "#D55E00"),
+        "Gaussian, standard deviation 0.1": (GaussianNoise(0.1 * ones), "#009E73"),
+        "Ornstein-Uhlenbeck, sigma 0.2, dt = 1": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 1.0), "#0072B2"),
+        "Ornstein-Uhlenbeck, sigma 0.2, dt = 0.01": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 0.01), "#D55E00"),
     }
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "svg.hashsalt": "ddpg"})
     figure, (paths, reach, memory) = plt.subplots(1, 3, figsize=(9.3, 2.8), layout="constrained")
     for label, (noise, color) in noises.items():
-        x = torch.stack([noise.sample().clone() for _ in range(SETTLED + STEPS + 1)])  # (steps, processes)
+        x = torch.stack([noise.sample().clone() for _ in range(SETTLED + 2 * STEPS)])  # (steps, processes)
         late = x[SETTLED:]
         paths.plot(x[:200, 0], color=color, linewidth=1.2, label=label)
         reach.plot(range(1, STEPS + 1), x[:STEPS].std(1), color=color)
-        memory.plot((late * late[0]).mean(1) / late[0].square().mean(), color=color)
+        products = [(late[:STEPS] * late[lag : lag + STEPS]).mean() for lag in range(STEPS)]
+        memory.plot(torch.stack(products) / products[0], color=color)
+    for dt in 1.0, 0.01:
+        theory = [(1 - 0.15 * dt) ** lag for lag in range(STEPS)]
+        memory.plot(theory, color="black", linewidth=0.8, linestyle=":", label="theory" if dt == 1 else None)
     paths.set(title="one episode", xlabel="step of the episode", ylabel="noise")
     reach.set(title="spread over episodes", xlabel="step of the episode", ylabel="standard deviation", xscale="log")
     memory.set(title="autocorrelation, settled", xlabel="lag, steps", ylabel="autocorrelation")
@@ -54,7 +58,7 @@ def main(args: Args):
     reach.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(f"{args.out}.png", dpi=200)
     figure.savefig(f"{args.out}.svg", metadata={"Date": None})

@@ -32,6 +32,9 @@ import tyro
 from scipy.stats import bootstrap, trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+matplotlib.use("Agg")
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "svg.hashsalt": "ddpg"})
+
 HERE = Path(__file__).resolve().parent
 FINAL_EVALUATIONS = 10  # a final return is the mean of so many last evaluations, as in most of the published tables
 RESAMPLES = 10_000
@@ -40,6 +43,13 @@ NOT_A_VARIANT = (
     "env_id seed run_name resume evaluate total_timesteps num_threads cuda cudagraphs compile torch_deterministic "
     "track wandb_project_name wandb_entity save_model checkpoint_interval keep_checkpoint capture_video"
 ).split()
+
+NEEDED = {
+    "args": {"exp_name", "env_id", "seed", "eval_episodes"},
+    "versions": {"gymnasium", "mujoco", "torch", "python"},
+    "hardware": {"gpu", "threads"},
+    "result": {"global_step", "seconds", "steps_per_second"},
+}
 
 
 @dataclass
@@ -101,8 +111,12 @@ def read_csv(path: Path) -> list[dict]:
 
 def read_run(path: Path, up_to: float) -> Run:
     record = json.loads((path / "args.json").read_text())
-    result = path / "result.json"
-    run = Run(path, record["args"], record, json.loads(result.read_text()) if result.exists() else None, [])
+    result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
+    parts = record | {"result": NEEDED["result"] if result is None else result}
+    for part, names in NEEDED.items():
+        if missing := names - set(parts[part]):
+            raise KeyError(", ".join(sorted(missing)))
+    run = Run(path, record["args"], record, result, [])
     lines = (path / "eval.csv").read_text().splitlines(keepends=True) if (path / "eval.csv").exists() else []
     for number, line in enumerate(lines[1:], 2):
         try:
@@ -115,7 +129,7 @@ def read_run(path: Path, up_to: float) -> Run:
             if step <= up_to:
                 run.evaluations.append((int(step), mean))
     if run.result is None:
-        run.problems.append(f"the run is not complete (no result.json): its {len(run.evaluations)} evaluations count")
+        run.problems.append(f"the run is not complete (no result.json): {len(run.evaluations)} evaluations")
     if not run.evaluations:
         run.problems.append("no evaluations: left out")
     elif len(run.evaluations) < FINAL_EVALUATIONS:
@@ -141,6 +155,11 @@ def read_runs(args: Args) -> tuple[list[Run], list[str]]:
         problems.append(f"{len(scripts)} scripts, each in rows of its own: {', '.join(scripts)}")
     set_labels(found.values())
 
+    complete = {(run.env_id, run.label) for run in found.values() if run.result}
+    for path, run in list(found.items()):
+        if not run.result and (run.env_id, run.label) in complete:  # it would end the curves, and lower the mean
+            problems.append(f"{path}: left out, other seeds of its row are complete")
+            del found[path]
     order = {env_id: i for i, env_id in enumerate(args.env_ids or sorted({run.env_id for run in found.values()}))}
     runs = {}
     for run in sorted(found.values(), key=lambda run: (order[run.env_id], run.label, run.seed, str(run.path))):
@@ -184,13 +203,15 @@ def published_rows(env_id: str) -> list[dict]:
     return [row for row in read_csv(HERE / "published_returns.csv") if row["env"] == base_name(env_id)]
 
 
-def baselines(env_id: str, exp_name: str) -> tuple[float | None, float | None]:
-    """Scores of the random and of the script's untrained policy; the peer's networks are those of the tuned script."""
+def baselines(env_id: str, args: dict) -> tuple[float | None, float | None]:
+    """Scores of the random and of the untrained policy; none from pixels, where they act at other times."""
+    if args.get("pixels"):
+        return None, None
+    script = "ddpg_paper_faithful" if "critic_lr" in args else "ddpg_continuous_action"  # the peer's networks too
     path = HERE / "baselines.csv"
     rows = read_csv(path) if path.exists() else []
     scores = {row["policy"]: float(row["mean"]) for row in rows if row["env_id"] == env_id}
-    untrained = scores.get(f"untrained {exp_name}", scores.get("untrained ddpg_continuous_action"))
-    return scores.get("random"), untrained
+    return scores.get("random"), scores.get(f"untrained {script}")
 
 
 def interval(samples, statistic, axis=-1):
@@ -225,7 +246,7 @@ def result_rows(runs: list[Run]) -> list[dict]:
     for env_id, label, same in group(runs):
         finals = [run.final_return for run in same]
         done = [run.result for run in same if run.result and run.result["global_step"] == run.last_step]
-        random, untrained = baselines(env_id, same[0].args["exp_name"])
+        random, untrained = baselines(env_id, same[0].args)
         rows.append(
             {
                 "env_id": env_id,
@@ -249,22 +270,23 @@ def aggregate_rows(runs: list[Run], reference: str) -> tuple[list[dict], list[st
     """Interquartile mean of the normalised scores of each label; and the environments that could not be normalised."""
     rows, left_out = [], []
     for label in sorted({run.label for run in runs}):
-        samples, at_start = [], []
+        env_ids, samples, at_start = [], [], []
         for env_id, _, same in group([run for run in runs if run.label == label]):
-            random, untrained = baselines(env_id, same[0].args["exp_name"])
+            random, untrained = baselines(env_id, same[0].args)
             one = [float(row["mean"]) for row in published_rows(env_id) if reference in row["source"]]
             if random is None or not one:
                 left_out.append(env_id)
                 continue
+            env_ids.append(env_id)
             samples.append(np.array([(run.final_return - random) / (one[0] - random) for run in same]))
             at_start.append((untrained - random) / (one[0] - random))
-        if samples:
+        if len(samples) > 1:
             row = {"run": label, "IQM": number(interquartile_mean(*samples), ".2f"), "95 % interval": ""}
             if min(map(len, samples)) > 1:
                 low, high = interval(samples, interquartile_mean)
                 row["95 % interval"] = f"{number(low, '.2f')} to {number(high, '.2f')}"
             row["untrained policy"] = number(interquartile_mean(np.array(at_start)), ".2f")
-            rows.append(row | {"environments": len(samples), "runs": sum(map(len, samples))})
+            rows.append(row | {"environments": ", ".join(env_ids), "runs": sum(map(len, samples))})
     return rows, sorted(set(left_out))
 
 
@@ -311,7 +333,8 @@ def markdown(runs: list[Run], args: Args) -> str:
         f"Final return: the mean of a run's last {FINAL_EVALUATIONS} evaluations, {episodes} episodes each without "
         "exploration noise; then mean ± sample standard deviation over the seeds. Untrained and random: the same "
         "environments under the script's actor as initialised and under uniformly random actions "
-        "(`benchmark/baselines.csv`). Steps/s and hours: the median run, evaluations included. "
+        "(`benchmark/baselines.csv`; not measured from pixels). Steps/s and hours: the median run, evaluations "
+        "included. "
         f"{', '.join(versions)}; {'; '.join(sorted(devices))}.",
     ]
     if fewest < 5:
@@ -348,6 +371,11 @@ def q_estimates(run: Run) -> list[tuple[int, float, float]]:
 
 
 def export(runs: list[Run], folder: Path):
+    """Copy what is small; what an earlier export left there goes, so that two experiments don't mix."""
+    if any(run.path.resolve().is_relative_to(folder.resolve()) for run in runs):
+        fail(f"{folder} holds the runs themselves: --export needs another folder")
+    for old in list(folder.rglob("args.json")):
+        shutil.rmtree(old.parent)
     sweeps = {run.path.parent for run in runs}
     for run in runs:
         target = folder / (run.path.parent.name if len(sweeps) > 1 else "") / run.path.name
@@ -380,7 +408,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # O
 PUBLISHED_STYLES = [(marker, color) for color in ("#666666", "#aa8800") for marker in "osD^vPX*"]
 
 
-def panels(env_ids: list[str]):
+def panels(env_ids: list[str], ylabel: str):
     """A figure with a panel for each environment, three in a row, and a function that ends and saves it."""
     columns = min(3, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
@@ -396,9 +424,9 @@ def panels(env_ids: list[str]):
             lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k" if step else "0"
         )
     for axis in axes[:, 0]:
-        axis.set_ylabel("return")
+        axis.set_ylabel(ylabel)
     for axis in axes.flat[max(0, len(env_ids) - columns) : len(env_ids)]:
-        axis.set_xlabel("environment steps")
+        axis.set_xlabel("steps")
 
     def save(path: Path):
         legends = [axis.get_legend_handles_labels() for axis in figure.axes]
@@ -419,20 +447,25 @@ def draw_learning_curves(runs: list[Run], path: Path):
     labels = sorted({run.label for run in runs})
     published = {env_id: published_rows(env_id) for env_id in env_ids}
     sources = list(dict.fromkeys((row["source"], row["implementation"]) for rows in published.values() for row in rows))
-    _, axes, save = panels(env_ids)
+    _, axes, save = panels(env_ids, "return")
     for axis, env_id in zip(axes, env_ids, strict=False):
         for its_env_id, label, same in group(runs):
             if its_env_id == env_id:
                 steps, values = common_steps([dict(run.evaluations) for run in same])
-                draw_band(axis, steps, values, color=COLORS[labels.index(label) % len(COLORS)], label=label, zorder=3)
-        random, untrained = baselines(env_id, "ddpg_continuous_action")
-        for score, name, style in ((untrained, "untrained policy", ":"), (random, "random policy", "-.")):
-            if score is not None:
-                axis.axhline(score, color="black", linestyle=style, linewidth=0.9, label=name)
+                color = COLORS[labels.index(label) % len(COLORS)]
+                draw_band(axis, steps, values, color=color, label=label, zorder=3)
+                random, untrained = baselines(env_id, same[0].args)
+                if random is not None:
+                    axis.axhline(random, color="black", linestyle="-.", linewidth=0.9, label="random policy")
+                    axis.axhline(untrained, color=color, linestyle=":", linewidth=0.9, label=f"{label}, untrained")
+        left, right = axis.get_xlim()
+        axis.set_xlim(left, left + (right - left) / 0.75)  # a margin for the published figures: they have no steps here
+        axis.axvline(right, color="#cccccc", linewidth=0.8)
+        axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
         for row in published[env_id]:
             key = row["source"], row["implementation"]
             marker, color = PUBLISHED_STYLES[sources.index(key) % len(PUBLISHED_STYLES)]
-            place = (sources.index(key) + 0.5) / len(sources)  # each source's mark at a place of its own along the line
+            place = 0.75 + 0.25 * (sources.index(key) + 0.5) / len(sources)
             label = f"{row['source'].split()[0]}, {row['implementation']}: {row['statistic']}"
             style = dict(color=color, linewidth=0.4, marker=marker, markersize=4, markevery=[1])
             style |= dict(label=textwrap.fill(label, 64, break_on_hyphens=False), transform=axis.get_yaxis_transform())
@@ -447,7 +480,7 @@ def draw_q_estimates(runs: list[Run], path: Path):
     if not runs:
         return
     env_ids, labels = list(dict.fromkeys(run.env_id for run in runs)), sorted({run.label for run in runs})
-    _, axes, save = panels(env_ids)
+    _, axes, save = panels(env_ids, "discounted return")
     for axis, env_id in zip(axes, env_ids, strict=False):
         for its_env_id, label, same in group(runs):
             if its_env_id == env_id:
@@ -489,12 +522,13 @@ def section_text(name: str, flags: str, page: Path) -> str:
         return ""
     text = "" if args.curves_only else f"{markdown(runs, args)}\n"
     text += f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
-    text += (
-        "Mean and 95 % bootstrap band over seeds; the marked lines are the published figures, after their own steps.\n"
-    )
+    several = any(len(same) > 1 for _, _, same in group(runs))
+    text += "Mean and 95 % bootstrap band over seeds. " if several else ""
+    text += "Right of the grey line: the published figures, after their own steps, most after 1M.\n"
     if not args.curves_only and any(q_estimates(run) for run in runs):
         text += f"\n![Q estimates](benchmark/results/{name}/q_estimates.png)\n\n"
-        text += "The critic's estimate at the start of the evaluations, and the discounted return that followed.\n"
+        text += "The critic's estimate at the start of the evaluations, and the discounted return that followed; after "
+        text += "a time limit no more rewards are counted, which matters for short episodes: the critic counts on.\n"
     return text
 
 
@@ -504,21 +538,24 @@ def rendered(page: Path) -> str:
 
 
 def main(args: Args):
-    matplotlib.use("Agg")
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "svg.hashsalt": "ddpg"})
     if args.readme:
         sections = SECTION.findall(args.readme.read_text()) if args.readme.exists() else []
         if not sections:
             fail(f"{args.readme} has no section between <!-- results:NAME:begin --> and <!-- results:NAME:end -->")
         for _, name, flags, _ in sections:
             section = section_args(name, flags, args.readme)
-            if runs := read_runs(section)[0]:
+            runs, problems = read_runs(section)
+            if runs:
                 write_report(runs, section, section.out)
             else:
-                print(f"warning: section {name} stays empty: no runs for it", file=sys.stderr)
+                problems.append(f"section {name} stays empty: no runs for it")
+            for problem in problems:
+                print(f"warning: {problem}", file=sys.stderr)
         args.readme.write_text(rendered(args.readme))
         return
     runs, problems = read_runs(args)
+    if not any(args.reference in row["source"] for row in read_csv(HERE / "published_returns.csv")):
+        problems.append(f"published_returns.csv has no source named {args.reference}: returns are not normalised")
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     if not runs:

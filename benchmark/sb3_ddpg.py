@@ -3,8 +3,8 @@
     python benchmark/sb3_ddpg.py --env-id HalfCheetah-v5 --seed 1 --total-timesteps 100e3
 
 Same flags, networks, hyperparameters, warm-up, exploration noise and evaluation (the script's own, on the same seeds),
-and the same files in runs/<run name>/, so that its curves can be laid over ours. Learning is stable-baselines3's alone.
-It has no checkpoints: --resume starts a broken-off run over.
+and the same eval.csv, args.json, result.json and TensorBoard log in runs/<run name>/, so that its curves can be laid
+over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resume starts a broken-off run over.
 """
 
 import functools
@@ -62,7 +62,7 @@ class Protocol(BaseCallback):
     def _on_step(self) -> bool:
         """Called after each environment step, before its update."""
         step, args = self.num_timesteps, self.args
-        if step == args.learning_starts:  # no earlier: SB3 would add the noise to the warm-up's uniform actions too
+        if step >= args.learning_starts and self.model.action_noise is None:  # in the warm-up SB3 would add it as well
             zeros = np.zeros(self.model.action_space.shape)
             self.model.action_noise = NormalActionNoise(zeros, zeros + args.exploration_noise)
         if step > args.learning_starts and step % script.LOG_INTERVAL == 0:
@@ -98,6 +98,8 @@ def main(args: script.Args):
         args = script.saved_args(Path(args.resume))
     script.check_args(args)
     script.require(args.policy_frequency == 1, "SB3's DDPG updates its actor at every step: --policy-frequency 1")
+    others = args.evaluate or args.track or args.cudagraphs or args.compile
+    script.require(not others, "--evaluate, --track, --cudagraphs and --compile are not for SB3's DDPG")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once

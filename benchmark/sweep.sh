@@ -45,9 +45,11 @@ read -ra seed_list <<<"${SEEDS:-}"
 ((${#env_list[@]} && ${#seed_list[@]})) || die "ENVS and SEEDS must name at least one environment and one seed"
 [[ -f $root/${SCRIPT:=} ]] || die "SCRIPT must be a file of this repository, not '$SCRIPT'"
 : "${OUT:=runs/$(basename "$SCRIPT" .py)}" "${THREADS:=1}" "${PYTHON:=python}"
+while [[ $OUT == */ ]]; do OUT=${OUT%/}; done
 [[ $OUT == runs/?* ]] || die "OUT must lie under runs/, not '$OUT' (for another disk, make runs a link)"
-[[ ${STEPS:-} =~ ^[0-9][0-9_.]*(e[0-9]+)?$ ]] || die "STEPS must be a number of steps, not '${STEPS:-}'"
+[[ ${STEPS:-} =~ ^[1-9][0-9_]*((\.[0-9]+)?e[0-9]+)?$ ]] || die "STEPS must be a number of steps, not '${STEPS:-}'"
 steps=$(LC_ALL=C printf '%.0f' "${STEPS//_/}")
+[[ $THREADS =~ ^[1-9][0-9]*$ ]] || die "THREADS must be a positive number, not '$THREADS'"
 [[ ${JOBS:=} =~ ^([1-9][0-9]*)?$ ]] || die "JOBS must be a positive number, not '$JOBS'"
 python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
 export OMP_NUM_THREADS=$THREADS

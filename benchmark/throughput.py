@@ -51,7 +51,8 @@ def train(args: Args, script: str, threads: int, copies: int = 1) -> list[float]
     """Steps a second of so many runs at once."""
     flags = f"--total-timesteps {WARM_UP + args.steps} --learning-starts {WARM_UP} --num-threads {threads} "
     flags += f"--env-id {args.env_id} --eval-interval 0 --checkpoint-interval 0 --no-save-model"
-    command = [sys.executable, *shlex.split(f"{ROOT}/{script} {flags}")]
+    path, *own_flags = shlex.split(script)
+    command = [sys.executable, ROOT / path, *own_flags, *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         names = [f"run{i}" for i in range(copies)]

@@ -131,7 +131,9 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path):
     assert "--total-timesteps 300000 --num-threads 1 --wandb-entity a\\ b" in lines[3]
 
 
-@pytest.mark.parametrize("setting", ["SEED=1", "OUT=elsewhere", "STEPS=many", "JOBS=0", "ENVS= ", "PYTHON=no-such"])
+@pytest.mark.parametrize(
+    "setting", ["SEED=1", "OUT=elsewhere", "STEPS=many", "STEPS=1.5", "JOBS=0", "THREADS=0", "ENVS= ", "PYTHON=no-such"]
+)
 def test_bad_setting_is_one_line(tmp_path, setting):
     bad = sweep(tmp_path, setting)
     assert bad.returncode == 2 and not list(tmp_path.iterdir())
@@ -214,6 +216,9 @@ def test_report_on_odd_input(tmp_path):
     write_run(runs, "Ant-v5", 2, [])
     write_run(runs, "Hopper-v5", 3, means, exp_name="sb3_ddpg", tail="65000,12", complete=False)
     (write_run(runs, "Hopper-v5", 4, means) / "args.json").write_text('{"args": {')
+    (write_run(runs, "Hopper-v5", 5, means) / "result.json").write_text("{}")
+    (write_run(runs, "Hopper-v5", 6, means) / "args.json").write_text('{"args": {"env_id": "Hopper-v5"}}')
+    write_run(runs, "Hopper-v5", 7, means[:1], complete=False)
     made = run_report(runs)
     assert made.returncode == 0
     warnings = [line for line in made.stderr.splitlines() if line.startswith("warning: ")]
@@ -222,11 +227,16 @@ def test_report_on_odd_input(tmp_path):
         "Hopper-v5_sb3_ddpg_3: line 14 of eval.csv is broken and left out: '65000,12'",
         "Hopper-v5_sb3_ddpg_3: the run is not complete (no result.json)",
         "Hopper-v5_ddpg_continuous_action_4: cannot be read and is left out",
+        "Hopper-v5_ddpg_continuous_action_5: cannot be read and is left out",
+        "Hopper-v5_ddpg_continuous_action_6: cannot be read and is left out",
+        "Hopper-v5_ddpg_continuous_action_7: the run is not complete (no result.json)",
+        "Hopper-v5_ddpg_continuous_action_7: 1 evaluations: the final return is the mean of those",
+        "Hopper-v5_ddpg_continuous_action_7: left out, other seeds of its row are complete",
         "Ant-v5, ddpg_continuous_action: no run of seed 2",
         "2 scripts, each in rows of its own: ddpg_continuous_action, sb3_ddpg",
     ):
         assert sum(expected in line for line in warnings) == 1, (expected, warnings)
-    assert len(warnings) == 6 and "Traceback" not in made.stderr
+    assert len(warnings) == 11 and "Traceback" not in made.stderr
     rows = [line for line in made.stdout.splitlines() if line.startswith(("| Ant", "| Hopper"))]
     assert [row.split(" | ")[:5] for row in rows] == [
         ["| Ant-v5", "ddpg_continuous_action", "**650.0**", "650", "1"],
@@ -258,6 +268,12 @@ def test_export_keeps_sweeps_of_the_same_run_names_apart(tmp_path):
     report.export(runs, tmp_path / "data")
     again, problems = report.read_runs(report.Args(runs=(tmp_path / "data",)))
     assert problems == [] and [run.final_return for run in again] == pytest.approx([0.1, 0.2])
+    report.export(runs[:1], tmp_path / "data")  # the same again, with less
+    again, problems = report.read_runs(report.Args(runs=(tmp_path / "data",)))
+    assert problems == [] and [run.final_return for run in again] == pytest.approx([0.1])
+    with pytest.raises(SystemExit):
+        report.export(again, tmp_path / "data")  # it would remove what it is to copy
+    assert report.read_runs(report.Args(runs=(tmp_path / "data",)))[0]
 
 
 def test_up_to_compares_runs_of_different_lengths(tmp_path):
@@ -279,10 +295,10 @@ def test_scores_are_normalised_by_the_random_policy_and_the_reference(tmp_path):
         write_run(tmp_path, env_id, 1, [50] * 10)
     runs, _ = report.read_runs(report.Args(runs=(tmp_path,)))
     rows, left_out = report.aggregate_rows(runs, "CleanRL docs")
-    (random_hopper, _), (random_pusher, _) = (report.baselines(env_id, "") for env_id in ("Hopper-v5", "Pusher-v5"))
+    (random_hopper, _), (random_pusher, _) = (report.baselines(env_id, {}) for env_id in ("Hopper-v5", "Pusher-v5"))
     # CleanRL's torch script: 1,576.78 on Hopper-v4, -77.30 on Pusher-v4
     scores = [(50 - random_hopper) / (1576.78 - random_hopper), (50 - random_pusher) / (-77.30 - random_pusher)]
-    assert rows[0]["IQM"] == f"{np.mean(scores):.2f}" and rows[0]["environments"] == 2
+    assert rows[0]["IQM"] == f"{np.mean(scores):.2f}" and rows[0]["environments"] == "Hopper-v5, Pusher-v5"
     assert left_out == ["Unheard-v0"]
 
 
@@ -312,15 +328,18 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     assert report.rendered(page) != text  # what the next test would notice
 
 
-def test_readme_agrees_with_the_committed_data():
+def test_readme_agrees_with_the_committed_data(tmp_path):
     page = ROOT / "README.md"
     sections = report.SECTION.findall(page.read_text()) if page.exists() else []
     if not sections:
         pytest.skip("the README has no results section yet")
     assert report.rendered(page) == page.read_text(), "run: python benchmark/report.py --readme README.md"
     for _, name, flags, _ in sections:
-        if report.section_text(name, flags, page):
-            assert (ROOT / "benchmark/results" / name / "learning_curves.png").exists()
+        args = report.section_args(name, flags, page)
+        if runs := report.read_runs(args)[0]:
+            report.write_report(runs, args, tmp_path / name)
+            for made in (tmp_path / name).glob("*.[!p]*"):  # the PNG is the same figure as the SVG
+                assert made.read_bytes() == (args.out / made.name).read_bytes(), made.name
 
 
 def test_committed_baselines_cover_the_published_set_up():
