@@ -28,7 +28,7 @@
 | L2: biases; factor     | paper silent                                           | on all of Q; gradient of w/2 x^2 |
 | kernel, stride, action | paper silent; 471,000 weights, in the paper 430,000    | 3 x 3, 2, padding 1; the second  |
 
-The experiment is benchmark/paper_decisions.py.
+The experiment is benchmark/paper_decisions.py; its result, on two environments, lies in benchmark/results/.
 """
 
 import contextlib

@@ -33,7 +33,7 @@ UPDATE_FLOPS = 357e6  # the matrix products that an update at these sizes cannot
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("ddpg_continuous_action.py", "benchmark/sb3_ddpg.py")
+    scripts: tuple[str, ...] = ("ddpg_continuous_action.py", "benchmark/sb3_ddpg.py", "ddpg_paper_faithful.py")
     """scripts to compare, each with flags if need be: "ddpg_continuous_action.py --cudagraphs" """
     env_id: str = "HalfCheetah-v5"
     """environment of the training runs"""
