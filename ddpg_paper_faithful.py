@@ -154,7 +154,7 @@ class Args:
     ou_sigma: float = 0.2
     """size of the Ornstein-Uhlenbeck noise's steps, in halves of the action range (section 7)"""
     ou_dt: float = 1.0
-    """time step of the Ornstein-Uhlenbeck noise (the paper is silent)"""
+    """time step of the Ornstein-Uhlenbeck noise: 1 forgets in 6 steps, 0.01 in 666 (the paper is silent)"""
     batch_norm: bool = True
     """batch normalisation (section 3), but from pixels none"""
     weights_init: Literal["paper", "xavier", "kaiming"] = "paper"
@@ -266,6 +266,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.stored = {"rows": self.rows}  # what a checkpoint keeps
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
 
@@ -283,12 +284,13 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
     def state_dict(self):
-        filled = self.rows[: min(self.added, len(self.rows))].cpu().numpy()
-        return {"added": self.added, "rows": torch.from_numpy(filled)}  # torch.save would write all rows behind a view
+        filled = {name: tensor[: min(self.added, len(tensor))].cpu().numpy() for name, tensor in self.stored.items()}
+        return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}  # no views
 
     def load_state_dict(self, state):
         self.added = state["added"]
-        self.rows[: len(state["rows"])] = state["rows"]
+        for name, tensor in self.stored.items():
+            tensor[: len(state[name])] = state[name]
         self.size.fill_(len(state["rows"]))
 
 
@@ -298,6 +300,7 @@ class PixelReplayBuffer(ReplayBuffer):
     def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_dim: int, device: torch.device):
         super().__init__(capacity, 0, action_dim, device)
         self.frames = torch.empty(capacity, 2, *obs_shape, dtype=torch.uint8, device=device)
+        self.stored["frames"] = self.frames
 
     def add(self, obs, action, reward, next_obs, terminated):
         self.frames[self.added % len(self.rows)] = torch.from_numpy(np.stack([obs, next_obs]))
@@ -308,20 +311,9 @@ class PixelReplayBuffer(ReplayBuffer):
         obs, next_obs = self.frames.index_select(0, self.indices).unbind(1)
         return batch._replace(obs=obs, next_obs=next_obs)
 
-    def state_dict(self):
-        filled = self.frames[: min(self.added, len(self.rows))].cpu().numpy()
-        return super().state_dict() | {"frames": torch.from_numpy(filled)}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.frames[: len(state["frames"])] = state["frames"]
-
 
 class OrnsteinUhlenbeckNoise:
-    """Exploration noise, from 0 in each episode: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7).
-
-    With dt = 1 its standard deviation settles at 0.38 and it forgets in 6 steps; with 0.01, at 0.37 and in 666.
-    """
+    """Exploration noise, 0 at first: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7)."""
 
     def __init__(self, scale: torch.Tensor, theta: float, sigma: float, dt: float):
         self.scale, self.theta, self.sigma, self.dt = scale, theta, sigma, dt
@@ -413,7 +405,9 @@ def evaluate(actor, qf, envs, seed, gamma):
         step += 1
     for env in envs:
         if isinstance(env, gym.wrappers.RecordVideo):
-            env.stop_recording()  # which writes the video
+            with going_on("the video"):
+                env.stop_recording()  # which writes it
+            env.recorded_frames, env.recording = [], False
     return returns, discounted, q_estimates
 
 
@@ -424,32 +418,37 @@ def require(condition, message):
         sys.exit(2)
 
 
-@functools.cache
-def warn(text: str):
-    """One line on stderr, the first time."""
-    say(f"warning: {text}", sys.stderr)
-
-
 def say(text: str, file=None):
     with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
         tqdm.write(text, file=file)
         (file or sys.stdout).flush()
 
 
+warn = functools.cache(lambda text: say(f"warning: {text}", sys.stderr))  # each text once
+
+
+@contextlib.contextmanager
+def going_on(path):
+    """Training does not need what is written here: where that fails, one line says so."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch.save's own error hides the disk's
+            error = error.__context__
+        warn(f"cannot write {path}, training goes on: {error}".partition("\n")[0])
+
+
 def check_args(args: Args):
-    at_least_1 = "total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes"
-    at_least_0 = "seed", "num_threads", "eval_interval", "checkpoint_interval", "learning_starts"
-    at_least_0 += "critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt"
-    for least, names in (1, at_least_1), (0, at_least_0):
-        for name in names:
-            value = getattr(args, name)
-            require(least <= value < math.inf, f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    require(0 < args.actor_lr < math.inf, f"--actor-lr must be positive, not {args.actor_lr}")
-    require(0 < args.critic_lr < math.inf, f"--critic-lr must be positive, not {args.critic_lr}")
-    alone = args.batch_size == 1 and args.batch_norm and not args.pixels
-    require(not alone, "--batch-size must be at least 2: batch normalisation needs it")
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
+    positive = "total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes"
+    positive += "actor_lr", "critic_lr"
+    for name, value in asdict(args).items():
+        if isinstance(value, int | float):
+            fine, limit = (value > 0, "positive") if name in positive else (value >= 0, "at least 0")
+            require(fine and value < math.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
+    alone = args.batch_size == 1 and args.batch_norm and not args.pixels
+    require(not alone, "--batch-size must be at least 2: batch normalisation needs it")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
     require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
     require(args.seed < 2**32, "--seed must be below 2**32")
@@ -460,10 +459,7 @@ def check_args(args: Args):
 
 
 class PixelObservation(gym.Wrapper):
-    """A step repeats the action three times and observes the three frames, 64 x 64 RGB: (9, 64, 64) uint8 (section 7).
-
-    Rewards are summed. Where an episode begins or ends there are fewer frames: the one at its edge stands in for them.
-    """
+    """A step repeats the action three times, sums the rewards and observes the three 64 x 64 frames (section 7)."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -486,13 +482,18 @@ class PixelObservation(gym.Wrapper):
             total += float(reward)
             frames.append(self.frame())
             if terminated or truncated:
-                frames += [frames[-1]] * (3 - len(frames))
+                frames += [frames[-1]] * (3 - len(frames))  # the last one stands in, as the first does in reset
         return torch.cat(frames).numpy(), total, terminated, truncated, info
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
     env_id, options = args.env_id, dict(render_mode="rgb_array") if render or args.pixels else {}
     try:
+        import mujoco  # fails where MUJOCO_GL names a GL that is not there
+
+        mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
         env = gym.make(env_id, **options)  # names the near matches of an unknown id
         env = PixelObservation(env) if args.pixels else env
         if options:
@@ -529,20 +530,16 @@ def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
 def save(path: Path, contents) -> bool:
     """Write text, or with torch.save anything else; at every instant the old or the new file lies there whole."""
     temporary = Path(f"{path}.tmp")
-    try:
+    with going_on(path):
         with open(temporary, "wb") as file:
             file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         return True
-    except (OSError, RuntimeError) as error:
-        while error.__context__:  # torch.save's own error hides the disk's
-            error = error.__context__
-        warn(f"cannot write {path}, training goes on: {error}")
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        return False
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    return False
 
 
 def load(path: Path, device, **expected) -> dict:
@@ -563,12 +560,10 @@ class Log(SummaryWriter):
     """TensorBoard's log; where it can't be written it says so, and training goes on."""
 
     def add(self, scalars: dict, global_step: int):
-        try:
+        with going_on("TensorBoard's log"):
             for tag, value in scalars.items():
                 self.add_scalar(tag, value, global_step)
             self.flush()
-        except OSError as error:
-            warn(f"TensorBoard's log ends here, training goes on: {error}")
 
     def close(self):
         with contextlib.suppress(OSError):  # it has been said
@@ -586,36 +581,33 @@ def provenance(device) -> dict:
     return {"commit": commit, "versions": versions, "hardware": hardware}
 
 
-def saved_args(run_dir: Path) -> Args:
-    """The flags of the run in this folder, under those of the command line; --resume takes no other ones."""
+def saved_run(run_dir: Path) -> tuple[Args, dict | None]:
+    """The flags of the run in this folder, under those of the command line, and with --resume its checkpoint."""
     try:
         saved = Args(**json.loads((run_dir / "args.json").read_text())["args"])
     except (OSError, ValueError, TypeError, KeyError):
         require(False, f"{run_dir} holds no run of {SCRIPT}.py")
-    args = tyro.cli(Args, default=saved)
-    for name, value in asdict(saved).items():
-        free = not args.resume or name in ("resume", "total_timesteps")
-        require(free or getattr(args, name) == value, f"--resume keeps the run's own flags: its {name} is {value}")
-    require(not args.resume or args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
-    return args
-
-
-def open_run(args: Args, run_dir: Path, device) -> dict | None:
-    """Make the run's folder; with --resume, go back to its checkpoint and cut off the log rows after it."""
-    args_path, path, checkpoint, record = run_dir / "args.json", run_dir / "checkpoint.pt", None, provenance(device)
+    args, path, checkpoint = tyro.cli(Args, default=saved), run_dir / "checkpoint.pt", None
     if args.resume:
-        record = json.loads(args_path.read_text())
-        args.resume = None
+        flags = {name: value for name, value in asdict(saved).items() if name not in ("resume", "total_timesteps")}
+        for name, value in flags.items():
+            require(getattr(args, name) == value, f"--resume keeps the run's own flags: its {name} is {value}")
+        require(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
         if path.exists():
-            checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
-            others = [name for name, value in asdict(args).items() if checkpoint["args"].get(name) != value]
-            require(set(others) <= {"total_timesteps"}, f"{path} is of a run with another {', '.join(others)}")
-        raised = args.total_timesteps > record["args"]["total_timesteps"] and path.exists()
-        complete = (run_dir / "result.json").exists()
-        require(raised or not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
-    else:
-        require(not args_path.exists(), f"{run_dir} holds a run: --resume it, or choose another --run-name")
+            checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT, **flags)
+        extended = checkpoint and args.total_timesteps > saved.total_timesteps
+        complete = (run_dir / "result.json").exists() and not extended
+        require(not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
+    return args, checkpoint
+
+
+def open_run(args: Args, run_dir: Path, device, checkpoint: dict | None):
+    """Make the run's folder; with --resume, cut off the log rows after the checkpoint."""
+    args_path = run_dir / "args.json"
+    taken = not args.resume and (args_path.exists() or any(run_dir.glob(EVENT_FILES)))
+    require(not taken, f"{run_dir} holds a run: --resume it, or choose another --run-name")
     try:
+        record = json.loads(args_path.read_text()) if args.resume else provenance(device)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "result.json").unlink(missing_ok=True)
         for log in run_dir.glob(EVENT_FILES):
@@ -623,26 +615,23 @@ def open_run(args: Args, run_dir: Path, device) -> dict | None:
             log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
     except OSError as error:
         require(False, f"cannot write to {run_dir}: {error}")
+    args.resume = None
     require(save(args_path, json.dumps(record | {"args": asdict(args)}, indent=2)), f"cannot write to {run_dir}")
-    return checkpoint
 
 
-def numpy_generators(env) -> list:
-    return [np.random.get_bit_generator(), *(x.np_random.bit_generator for x in (env.unwrapped, env.action_space))]
-
-
-def random_states(env) -> list:
-    """Every random generator's state, in tensors and plain Python values: weights_only=True loads nothing else."""
-    states = [json.dumps(generator.state, default=np.ndarray.tolist) for generator in numpy_generators(env)]
-    return [torch.get_rng_state(), torch.cuda.get_rng_state_all(), random.getstate(), states]
-
-
-def restore_random_states(saved, env):
-    torch.set_rng_state(saved[0])
-    torch.cuda.set_rng_state_all(saved[1])
-    random.setstate(saved[2])
-    for generator, state in zip(numpy_generators(env), saved[3], strict=True):
-        generator.state = json.loads(state)
+def random_states(env, restore: list | None = None) -> list:
+    """Sets every random generator to the state in `restore`, if given; returns their states, as plain values."""
+    rngs = [np.random.get_bit_generator(), *(x.np_random.bit_generator for x in (env.unwrapped, env.action_space))]
+    if restore:
+        torch.set_rng_state(restore[0])
+        for state in restore[1]:
+            torch.cuda.set_rng_state(state)
+        random.setstate(restore[2])
+        for generator, state in zip(rngs, restore[3], strict=True):
+            generator.state = json.loads(state)
+    states = [json.dumps(generator.state, default=np.ndarray.tolist) for generator in rngs]
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), cuda, random.getstate(), states]
 
 
 def cuda_graphed(function, warmup=3):
@@ -664,21 +653,14 @@ def cuda_graphed(function, warmup=3):
 
 
 def main(args: Args):
+    checkpoint = None
     if args.resume or args.evaluate:
-        args = saved_args(Path(args.resume or args.evaluate))
+        args, checkpoint = saved_run(Path(args.resume or args.evaluate))
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    try:
-        import mujoco  # fails where MUJOCO_GL names a GL that is not there
-    except (ImportError, AttributeError) as error:
-        require(False, f"unset MUJOCO_GL, or install what it names: {error}")
-    mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-
     env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
 
@@ -731,13 +713,14 @@ def main(args: Args):
 
     default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or Path("runs", args.run_name or default_name))
-    checkpoint = open_run(args, run_dir, device)
+    open_run(args, run_dir, device, checkpoint)
     say(f"{args.env_id}: observations {obs_shape}, {action_dim} actions; results in {run_dir}")
     say(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full")
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_dir.name)
+        run_id = run_dir.name.replace(":", "-")  # which W&B refuses
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_id)
         wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
 
     eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
@@ -749,7 +732,7 @@ def main(args: Args):
             part.load_state_dict(checkpoint[name] if part is buffer else copy.deepcopy(checkpoint[name]))  # not mapped
         eval_rows, last_checkpoint = checkpoint["eval_rows"], checkpoint["global_step"]
         start_time -= checkpoint["seconds"]
-        restore_random_states(checkpoint["random_states"], env)
+        random_states(env, restore=checkpoint["random_states"])
         obs, _ = env.reset()
         if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
             say("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
@@ -760,7 +743,7 @@ def main(args: Args):
 
     def stop_if_asked():
         if signals:
-            tqdm.write(f"stopped by {signal.Signals(signals[0]).name}; to go on: --resume {run_dir}", file=sys.stderr)
+            say(f"stopped by {signal.Signals(signals[0]).name}; to go on: --resume {run_dir}", sys.stderr)
             sys.exit(128 + signals.pop())
 
     signal.signal(signal.SIGINT, on_signal)
@@ -832,10 +815,10 @@ def main(args: Args):
                 log.add(scalars, global_step)
                 shown["return"] = f"{episode_return:.1f}"
                 episode_return, episode_length = 0.0, 0
-                if saving:
+                if saving and (whole or not last_step):  # --resume would take its step's results as written
                     last_checkpoint, seconds = global_step, time.time() - start_time
                     log_sizes = {path.name: path.stat().st_size for path in run_dir.glob(EVENT_FILES)}
-                    checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=asdict(args), seconds=seconds)
+                    checkpoint = asdict(args) | dict(script=SCRIPT, format=CHECKPOINT_FORMAT, seconds=seconds)
                     checkpoint |= dict(global_step=global_step, eval_rows=eval_rows, log_sizes=log_sizes)
                     checkpoint |= dict(random_states=random_states(env))
                     checkpoint |= {name: part.state_dict() for name, part in parts.items()}

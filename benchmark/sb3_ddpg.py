@@ -7,14 +7,12 @@ and the same eval.csv, args.json, result.json and TensorBoard log in runs/<run n
 over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resume starts a broken-off run over.
 """
 
-import functools
 import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -95,23 +93,21 @@ class Protocol(BaseCallback):
 
 def main(args: script.Args):
     if args.resume:
-        args = script.saved_args(Path(args.resume))
+        args, _ = script.saved_run(Path(args.resume))
     script.check_args(args)
     script.require(args.policy_frequency == 1, "SB3's DDPG updates its actor at every step: --policy-frequency 1")
     others = args.evaluate or args.track or args.cudagraphs or args.compile
     script.require(not others, "--evaluate, --track, --cudagraphs and --compile are not for SB3's DDPG")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     run_name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
     run_dir = Path(args.resume or f"runs/{run_name}")
     if args.resume:
-        script.require(not (run_dir / "result.json").exists(), f"{run_dir} is complete")
         shutil.rmtree(run_dir)
         args.resume = None
     env = script.make_env(args)
-    script.open_run(args, run_dir, device)
+    script.open_run(args, run_dir, device, checkpoint=None)
 
     model = DDPG(
         "MlpPolicy",

@@ -382,12 +382,12 @@ def test_films_mujoco_without_a_screen(script, tmp_path):
 # Bad input: one line on stderr, exit code 2, nothing left behind
 
 BOTH = {
-    "--total-timesteps 0": "--total-timesteps must be at least 1",
-    "--total-timesteps -5": "--total-timesteps must be at least 1",
-    "--buffer-size 0": "--buffer-size must be at least 1",
-    "--batch-size -1": "--batch-size must be at least 1",
-    "--policy-frequency 0": "--policy-frequency must be at least 1",
-    "--eval-episodes 0": "--eval-episodes must be at least 1",
+    "--total-timesteps 0": "--total-timesteps must be positive",
+    "--total-timesteps -5": "--total-timesteps must be positive",
+    "--buffer-size 0": "--buffer-size must be positive",
+    "--batch-size -1": "--batch-size must be positive",
+    "--policy-frequency 0": "--policy-frequency must be positive",
+    "--eval-episodes 0": "--eval-episodes must be positive",
     "--eval-interval -1": "--eval-interval must be at least 0",
     "--checkpoint-interval -1": "--checkpoint-interval must be at least 0",
     "--learning-starts -1": "--learning-starts must be at least 0",
@@ -430,7 +430,7 @@ BOTH = {
 BAD_INPUT = {
     tuned: BOTH
     | {
-        "--batch-size 0": "--batch-size must be at least 1",
+        "--batch-size 0": "--batch-size must be positive",
         "--learning-rate 0": "--learning-rate must be positive",
         "--learning-rate -1e-3": "--learning-rate must be positive",
         "--learning-rate nan": "--learning-rate must be positive",

@@ -295,10 +295,6 @@ def edit(path, **changes):
     torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
-def edit_args(path, **changes):
-    edit(path, args=torch.load(path, weights_only=True)["args"] | changes)
-
-
 REFUSED = {  # what happened to the checkpoint, and what the one line says
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "cannot read"),
     "empty": (lambda path: os.truncate(path, 0), "cannot read"),
@@ -309,8 +305,8 @@ REFUSED = {  # what happened to the checkpoint, and what the one line says
     "code": (lambda path: torch.save(Evil(), path), "cannot read"),
     "older": (lambda path: edit(path, format=0), "format is 0"),
     "of the other script": (lambda path: edit(path, script=PAPER.stem), "script is ddpg_paper_faithful"),
-    "of another seed": (lambda path: edit_args(path, seed=2), "seed"),
-    "of a longer buffer": (lambda path: edit_args(path, buffer_size=501), "buffer_size"),
+    "of another seed": (lambda path: edit(path, seed=2), "seed"),
+    "of a longer buffer": (lambda path: edit(path, buffer_size=501), "buffer_size"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot read"),
 }
 
@@ -339,6 +335,9 @@ def test_refuses_flags(broken_off):
     assert_refused(broken_off, TUNED, "--resume runs/y", "runs/y holds no run")
     assert_refused(broken_off, PAPER, "--resume runs/x", "runs/x holds no run of ddpg_paper_faithful.py")
     assert_refused(broken_off, TUNED, PENDULUM, "runs/x holds a run")
+    (broken_off / "runs/y").mkdir()
+    (broken_off / "runs/y/events.out.tfevents.1.another").touch()  # CleanRL's, say
+    assert_refused(broken_off, TUNED, PENDULUM.replace("-name x", "-name y"), "runs/y holds a run")
     os.truncate(broken_off / "runs/x/args.json", 100)
     assert_refused(broken_off, TUNED, "--resume runs/x", "runs/x holds no run")
 
@@ -488,6 +487,27 @@ def test_folder_disappears(tmp_path, uninterrupted):
     assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
 
 
+def test_last_step_cannot_be_written(tmp_path, uninterrupted):
+    """Its checkpoint would make --resume believe that its results are there."""
+    flags = PENDULUM.replace("700", "600")
+    ended, run_dir = (
+        run(tmp_path, TUNED, flags, before("os.replace", 8, "raise OSError(5, 'broken')")),
+        tmp_path / "runs/x",
+    )
+    assert ended.code == 1 and "cannot write runs/x/eval.csv" in ended.output, ended.output
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 400
+    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
+    assert outcome(run_dir) == uninterrupted(TUNED, flags)[0]
+
+
+def test_film_cannot_be_written(tmp_path):
+    hook = before("gymnasium.wrappers.RecordVideo.stop_recording", 1, "raise OSError(28, 'full')")
+    flags = PENDULUM.replace("700", "400") + " --capture-video"
+    ended = run(tmp_path, TUNED, flags, hook)
+    assert ended.code == 0 and "warning: cannot write the video, training goes on" in ended.output, ended.output
+    assert [path.name.split("-episode")[0] for path in (tmp_path / "runs/x/videos").glob("*.mp4")] == ["step-400"]
+
+
 def test_no_place_for_a_run(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/file").touch()
@@ -497,7 +517,9 @@ def test_no_place_for_a_run(tmp_path):
 
 def test_nowhere_to_print(tmp_path, uninterrupted):
     """The disk that is full may be the one that the run's own output goes to."""
-    Run(tmp_path, TUNED, PENDULUM, output=Path("/dev/full")).wait()
+    hook = before(STEP, 300, send(signal.SIGTERM))
+    assert Run(tmp_path, TUNED, PENDULUM, hook, output=Path("/dev/full")).wait().code == 128 + signal.SIGTERM
+    Run(tmp_path, TUNED, "--resume runs/x", output=Path("/dev/full")).wait()
     assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
 
 
