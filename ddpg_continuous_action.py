@@ -212,8 +212,9 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))
 
     def state_dict(self):
+        # By way of NumPy: of a slice, torch.save would write all that lies behind it
         filled = {name: tensor[: min(self.added, len(tensor))].cpu().numpy() for name, tensor in self.stored.items()}
-        return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}  # no views
+        return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}
 
     def load_state_dict(self, state):
         self.added = state["added"]
