@@ -8,7 +8,7 @@ import pytest
 from conftest import command, environment, eval_rows, paper, tuned
 
 CASES = {  # a shorter warm-up and, for the tuned script, a smaller batch: it is sooner done
-    tuned: dict(total_timesteps=15_000, learning_starts=1000, batch_size=128),
+    tuned: dict(total_timesteps=15_000, learning_starts=1000, batch_size=64),
     paper: dict(total_timesteps=20_000, learning_starts=1000, batch_size=64),
 }
 COMMON = dict(env_id="Pendulum-v1", buffer_size=20_000, eval_interval=1000, eval_episodes=10, checkpoint_interval=0)

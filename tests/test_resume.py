@@ -554,12 +554,12 @@ gymnasium.register("Wide-v0", Cheap, max_episode_steps=100, kwargs={"size": 5_00
 
 def test_long_runs_stay_flat(tmp_path):
     (tmp_path / "cheap.py").write_text(CHEAP)
-    flags = "--env-id cheap:Cheap-v0 --total-timesteps 100e3 --learning-starts 98e3 --buffer-size 5e3"
+    flags = "--env-id cheap:Cheap-v0 --total-timesteps 60e3 --learning-starts 58e3 --buffer-size 5e3"
     flags += " --eval-interval 25e3 --checkpoint-interval 10e3"
     assert run(tmp_path, TUNED, f"{SMALL} {flags}").code == 0
     rows = [[int(x) for x in line.split(",")] for line in (tmp_path / "memory.csv").read_text().splitlines()]
-    assert len(rows) == 100
-    acting = [memory for step, memory, _ in rows if 30_000 <= step <= 98_000]
+    assert len(rows) == 60
+    acting = [memory for step, memory, _ in rows if 20_000 <= step <= 58_000]
     assert max(acting) - min(acting) < 4e6
     assert rows[-1][1] - rows[-2][1] < 4e6  # and while it learns
     assert len({handles for step, _, handles in rows if step > 1_000}) == 1
