@@ -750,7 +750,8 @@ def main(args: Args):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
-    episode_return, episode_length, shown, whole = 0.0, 0, {}, True
+    episode_return, episode_length, shown, written = 0.0, 0, {}, True
+    said_step, said_time = last_checkpoint, time.time()
     bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=None, dynamic_ncols=True)
     with Log(str(run_dir)) as log, bar:
         flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -784,8 +785,8 @@ def main(args: Args):
             if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving or last_step):
                 scalars = {tag: loss.item() for tag, loss in losses.items()}
                 with torch.no_grad():
-                    used = (actor(batch.obs) - actor.action_bias) / actor.action_scale
-                scalars["charts/saturated_actions"] = (used.abs() > 0.99).float().mean().item()
+                    unscaled = (actor(batch.obs) - actor.action_bias) / actor.action_scale
+                scalars["charts/saturated_actions"] = (unscaled.abs() > 0.99).float().mean().item()
                 scalars["charts/exploration_difference"] = float(np.abs(action - greedy).mean())
                 for name, network in ("actor", actor), ("qf1", qf):
                     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
@@ -803,20 +804,21 @@ def main(args: Args):
                 stop_if_asked()
                 statistics = returns.mean(), returns.std(), returns.min(), returns.max()
                 eval_rows.append([global_step, *map(float, statistics), len(returns)])
-                whole = save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
+                written = save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
                 scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
                 log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
                 shown["evaluation"] = f"{returns.mean():.1f}"
             if args.save_model and (evaluating or last_step):
                 model = dict(script=SCRIPT, env_id=args.env_id, obs_shape=obs_shape, global_step=global_step)
-                whole = save(run_dir / "model.pt", model | dict(actor=actor.state_dict(), qf=qf.state_dict())) and whole
+                model |= dict(actor=actor.state_dict(), qf=qf.state_dict())
+                written = save(run_dir / "model.pt", model) and written
 
             if episode_over:
                 scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
                 log.add(scalars, global_step)
                 shown["return"] = f"{episode_return:.1f}"
                 episode_return, episode_length = 0.0, 0
-                if saving and (whole or not last_step):  # --resume would take its step's results as written
+                if saving and (written or not last_step):  # --resume would take its step's results as written
                     last_checkpoint, seconds = global_step, time.time() - start_time
                     log_sizes = {path.name: path.stat().st_size for path in run_dir.glob(EVENT_FILES)}
                     checkpoint = asdict(args) | dict(script=SCRIPT, format=CHECKPOINT_FORMAT, seconds=seconds)
@@ -831,7 +833,8 @@ def main(args: Args):
                 bar.set_postfix(shown, refresh=False)
             bar.update()
             if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
-                speed = global_step / (time.time() - start_time)
+                speed = (global_step - said_step) / (time.time() - said_time)  # the warm-up is faster than what follows
+                said_step, said_time = global_step, time.time()
                 left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
                 known = "".join(f"{name} {value}, " for name, value in shown.items())
                 say(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left")
@@ -842,7 +845,7 @@ def main(args: Args):
     result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
     result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
     result["steps_per_second"] = args.total_timesteps / result["seconds"]
-    if not (whole and save(run_dir / "result.json", json.dumps(result, indent=2))):
+    if not (written and save(run_dir / "result.json", json.dumps(result, indent=2))):
         sys.exit(f"error: the results could not be written; to go on: --resume {run_dir}")
     if not args.keep_checkpoint:
         (run_dir / "checkpoint.pt").unlink(missing_ok=True)

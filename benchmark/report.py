@@ -457,7 +457,13 @@ def draw_learning_curves(runs: list[Run], path: Path):
                 random, untrained = baselines(env_id, same[0].args)
                 if random is not None:
                     axis.axhline(random, color="black", linestyle="-.", linewidth=0.9, label="random policy")
-                    axis.axhline(untrained, color=color, linestyle=":", linewidth=0.9, label=f"{label}, untrained")
+                    axis.axhline(
+                        untrained,
+                        color=color,
+                        linestyle=":",
+                        linewidth=0.9,
+                        label=f"{same[0].args['exp_name']}, untrained",
+                    )
         left, right = axis.get_xlim()
         axis.set_xlim(left, left + (right - left) / 0.75)  # a margin for the published figures: they have no steps here
         axis.axvline(right, color="#cccccc", linewidth=0.8)

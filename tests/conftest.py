@@ -74,6 +74,24 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def made(monkeypatch):
+    """made(script, name) is a list of the instances of the script's class `name`, from now on."""
+
+    def made(script, name):
+        instances, original = [], getattr(script, name)
+
+        class Spy(original):
+            def __init__(self, *args):
+                super().__init__(*args)
+                instances.append(self)
+
+        monkeypatch.setattr(script, name, Spy)
+        return instances
+
+    return made
+
+
+@pytest.fixture
 def cli(tmp_path, monkeypatch):
     """cli(script, "--flag", ...) is the script's last line, under that command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -146,16 +146,9 @@ def test_a_batch_is_drawn_with_replacement_and_independently(script):
     assert len(first) == 64 and not torch.equal(first, second)
 
 
-def test_what_lies_in_the_buffer_after_truncation_and_termination(script, run, monkeypatch):
+def test_what_lies_in_the_buffer_after_truncation_and_termination(script, run, made, monkeypatch):
     """main() itself on a scripted environment: the real last observation, and only `terminated` marked."""
-    buffers = []
-
-    class Spy(script.ReplayBuffer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            buffers.append(self)
-
-    monkeypatch.setattr(script, "ReplayBuffer", Spy)
+    buffers = made(script, "ReplayBuffer")
     monkeypatch.setattr(stubs.Scripted, "made", [])
     run(script, env_id="stubs:Scripted-v0", total_timesteps=90)
 

@@ -334,16 +334,9 @@ def test_pixel_replay_buffer_is_a_bounded_list(seed):
     assert {tuple(row) for row in rows} == set(oracle)
 
 
-def test_a_run_from_pixels(run, monkeypatch):
+def test_a_run_from_pixels(run, made):
     """Through warm-up, learning, evaluation and saving; and what lies in the buffer, frame by frame."""
-    buffers = []
-
-    class Spy(paper.PixelReplayBuffer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            buffers.append(self)
-
-    monkeypatch.setattr(paper, "PixelReplayBuffer", Spy)
+    buffers = made(paper, "PixelReplayBuffer")
     flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=None, eval_interval=20)
     run_dir = run(paper, pixels=True, **flags)
     frames, first = buffers[0].frames[:4].numpy(), buffers[0].rows[0, 0]
