@@ -8,16 +8,15 @@
     python ddpg_continuous_action.py --env-id Hopper-v5 --seed 3
 
 This is the paper's Algorithm 1 with the settings that later work found to do better on MuJoCo locomotion: two hidden
-layers of 256, the action at the critic's first layer, no batch normalisation, Adam at 3e-4 for both networks without
-weight decay, batches of 256, tau 0.005, 25,000 uniformly random steps first, and Gaussian instead of
-Ornstein-Uhlenbeck exploration noise. The paper's own settings are next door, in ddpg_paper_faithful.py.
+layers of 256, the action at the critic's first layer, torch's initial weights, no batch normalisation, Adam at 3e-4
+for both networks without weight decay, batches of 256, tau 0.005, 25,000 uniformly random steps first, and Gaussian
+instead of Ornstein-Uhlenbeck exploration noise. The paper's own settings are next door, in ddpg_paper_faithful.py.
 """
 
 import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import platform
 import random
@@ -29,7 +28,6 @@ import threading
 import time
 import warnings
 import zipfile
-from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -62,10 +60,8 @@ def parse_int(text: str) -> int:
     return int(float(text))
 
 
-as_typed = tyro.constructors.PrimitiveConstructorSpec(
-    1, "INT", lambda args: parse_int(args[0]), lambda value: isinstance(value, int), lambda value: [str(value)]
-)
-Int = Annotated[int, as_typed]
+Spec = tyro.constructors.PrimitiveConstructorSpec
+Int = Annotated[int, Spec(1, "INT", lambda s: parse_int(s[0]), lambda n: isinstance(n, int), lambda n: [str(n)])]
 
 
 @dataclass
@@ -145,8 +141,7 @@ class QNetwork(nn.Module):
         self.fc3 = nn.Linear(256, 1)
 
     def forward(self, obs, action):
-        x = torch.cat([obs, action], 1)
-        x = F.relu(self.fc1(x), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.fc1(torch.cat([obs, action], 1)), inplace=True)  # in place: 2 % of an update on a CPU
         x = F.relu(self.fc2(x), inplace=True)
         return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
 
@@ -343,11 +338,11 @@ def going_on(path):
 def check_args(args: Args):
     require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
-    positive = "total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes", "learning_rate"
+    positive = "total_timesteps buffer_size batch_size policy_frequency eval_episodes learning_rate".split()
     for name, value in asdict(args).items():
         if isinstance(value, int | float):
             fine, limit = (value > 0, "positive") if name in positive else (value >= 0, "at least 0")
-            require(fine and value < math.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
+            require(fine and value < np.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
     require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
     require(args.seed < 2**32, "--seed must be below 2**32")
@@ -362,15 +357,15 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     try:
         import mujoco  # fails where MUJOCO_GL names a GL that is not there
 
-        mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text}"))
-        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text.partition(' Time')[0]}"))
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
         env = gym.make(env_id, **options)  # names the near matches of an unknown id
         if options:
-            env.reset()
+            env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
             env.render()
     except Exception as error:  # a missing GL, for one, shows in many ways
-        remedy = "; without a screen, rendering takes EGL: apt-get install libegl1 libgl1-mesa-dri" if options else ""
+        remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri" if options else ""
         require(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
     require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
@@ -505,10 +500,10 @@ def random_states(env, restore: list | None = None) -> list:
 
 def cuda_graphed(function, warmup=3):
     """`function` replayed as a CUDA graph, one for each of its arguments; its first calls run, and count, as usual."""
-    calls, graphs, outputs = Counter(), {}, {}
+    calls, graphs, outputs = {}, {}, {}
 
     def call(*args):
-        calls[args] += 1
+        calls[args] = calls.get(args, 0) + 1
         if calls[args] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
             return function(*args)
         if args not in graphs:
@@ -530,6 +525,7 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
+    warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
     env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
@@ -616,7 +612,8 @@ def main(args: Args):
     threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
     episode_return, episode_length, shown, written = 0.0, 0, {}, True
     said_step, said_time = last_checkpoint, time.time()
-    bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=None, dynamic_ncols=True)
+    plain = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines for a log instead of the bar
+    bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=plain, dynamic_ncols=True)
     with Log(str(run_dir)) as log, bar:
         flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
@@ -648,18 +645,16 @@ def main(args: Args):
 
             if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving or last_step):
                 scalars = {tag: loss.item() for tag, loss in losses.items()}
-                with torch.no_grad():
-                    unscaled = (actor(batch.obs) - actor.action_bias) / actor.action_scale
+                unscaled = (actor(batch.obs) - actor.action_bias) / actor.action_scale
                 scalars["charts/saturated_actions"] = (unscaled.abs() > 0.99).float().mean().item()
                 scalars["charts/exploration_difference"] = float(np.abs(action - greedy).mean())
                 for name, network in ("actor", actor), ("qf1", qf):
                     grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
                     scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
-                if not all(map(math.isfinite, scalars.values())):  # seen before anything is saved
+                if not np.isfinite(list(scalars.values())).all():  # seen before anything is saved
                     advice = "lower the learning rate, or look for huge rewards and observations"
                     sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
-                scalars["charts/SPS"] = global_step / (time.time() - start_time)
-                log.add(scalars, global_step)
+                log.add(scalars | {"charts/SPS": global_step / (time.time() - start_time)}, global_step)
 
             if evaluating:
                 if args.capture_video:
@@ -695,7 +690,7 @@ def main(args: Args):
             if evaluating or episode_over:
                 bar.set_postfix(shown, refresh=False)
             bar.update()
-            if bar.disable and global_step % (args.eval_interval or 5_000) == 0:  # not on a terminal
+            if plain and global_step % (args.eval_interval or 5_000) == 0:
                 speed = (global_step - said_step) / (time.time() - said_time)  # the warm-up is faster than what follows
                 said_step, said_time = global_step, time.time()
                 left = tqdm.format_interval((args.total_timesteps - global_step) / speed)

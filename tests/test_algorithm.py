@@ -82,6 +82,17 @@ def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script,
             assert np.isin(explored, np.float32([low, high])).mean() > 0.7
 
 
+@pytest.mark.parametrize("low, high", [(-0.4, 0.4), (0.3, 0.7), (-0.1, 1e6 + 0.1)])
+def test_bounds_that_no_float32_equals_are_kept(script, low, high):
+    space = gym.spaces.Box(low, high, (1,), np.float64)
+    inner_low, inner_high = script.float32_bounds(space)
+    assert inner_low.dtype == inner_high.dtype == np.float32
+    assert low <= inner_low < low + 1e-7 and high - 0.1 < inner_high <= high
+    actor, _ = networks(script, low=inner_low.tolist(), high=inner_high.tolist())
+    for action in actor.clip(torch.tensor([[-1e9], [1e9]])).numpy():
+        assert space.contains(action)
+
+
 def test_gaussian_noise_is_independent_from_step_to_step():
     process = tuned.GaussianNoise(torch.full((10_000,), 0.3))
     first, second = process.sample(), process.sample()

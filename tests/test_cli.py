@@ -570,6 +570,15 @@ def test_output_to_a_pipe_is_a_few_plain_lines(script, tmp_path):
     assert lines[4].startswith("complete after 120 steps in ") and len(lines) == 5
 
 
+def test_output_to_a_file_is_plain_lines_though_errors_go_to_a_terminal(script, tmp_path):
+    here, there = pty.openpty()
+    done = subprocess.run(command(script), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=there)
+    os.close(there)
+    with contextlib.suppress(OSError):
+        assert not os.read(here, 4096)
+    assert b"\nstep 60: " in done.stdout
+
+
 def test_a_terminal_shows_a_progress_bar(script, tmp_path):
     here, there = pty.openpty()
     termios.tcsetwinsize(there, (24, 120))
@@ -613,6 +622,16 @@ def test_the_same_seed_gives_the_same_bytes(script, run, tmp_path):
     again, other = outcome(tmp_path / "runs/again"), outcome(run(script, **flags, seed=2, run_name="other"))
     assert here == again
     assert all(mine != others for mine, others in zip(here, other, strict=True))
+
+
+def test_two_threads_give_the_same_bytes_twice(script, tmp_path):
+    flags = dict(env_id="HalfCheetah-v5", batch_size=256, buffer_size=1000, num_threads=2)
+    processes = [
+        subprocess.Popen(command(script, **flags, run_name=name), cwd=tmp_path, env=environment(OMP_NUM_THREADS="2"))
+        for name in ("one", "other")  # side by side, each in the other's way
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert outcome(tmp_path / "runs/one") == outcome(tmp_path / "runs/other")
 
 
 # What the scripts are made of

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import stubs
 import torch
-from conftest import CPU, eval_rows, model, networks, numpy, random_batch, scalars, weights
+from conftest import CPU, command, eval_rows, model, networks, numpy, process, random_batch, scalars, weights
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 
 import ddpg_paper_faithful as paper
@@ -203,7 +203,17 @@ def test_saving_keeps_the_running_averages(run, monkeypatch):
     for key, network in zip(("actor", "qf"), trained[-1], strict=True):
         kept = averages(network)
         assert kept and all(torch.equal(saved[key][name], value) for name, value in kept.items())
-        assert all(value.abs().sum() > 0 for value in kept.values())
+        at_first = {"mean": 0, "var": 1}  # they have moved since
+        assert all((value != at_first[name.split("_")[-1]]).any() for name, value in kept.items())
+
+
+@pytest.mark.parametrize("flags", [dict(batch_norm=False), dict(pixels=True, env_id="stubs:Scripted-v0")])
+def test_the_model_says_how_to_rebuild_it(run, flags):
+    saved = model(run(paper, total_timesteps=50, eval_interval=0, **flags))
+    low, high = saved["actor"]["action_low"], saved["actor"]["action_high"]
+    actor = paper.Actor(saved["obs_shape"], low, high, saved["batch_norm"])
+    qf = paper.QNetwork(saved["obs_shape"], len(low), saved["batch_norm"])
+    actor.load_state_dict(saved["actor"]), qf.load_state_dict(saved["qf"])
 
 
 def test_no_batch_norm_means_none(run):
@@ -337,20 +347,26 @@ def test_pixel_replay_buffer_is_a_bounded_list(seed):
 def test_a_run_from_pixels(run, made):
     """Through warm-up, learning, evaluation and saving; and what lies in the buffer, frame by frame."""
     buffers = made(paper, "PixelReplayBuffer")
+    stubs.Scripted.made.clear()
     flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=None, eval_interval=20)
     run_dir = run(paper, pixels=True, **flags)
-    frames, first = buffers[0].frames[:4].numpy(), buffers[0].rows[0, 0]
+    frames, rows = buffers[0].frames[:4].numpy(), buffers[0].rows[:4].numpy()
+    actions = iter(stubs.Scripted.made[0].actions)
     # the first reset of each environment, in make_env, tries the rendering: episode 0 is never played
     seen = [(read(obs), read(next_obs)) for obs, next_obs in frames]
     start = seen[0][0][0][0]
     by_episode = [
         (obs[0][0] - start, [step for _, step in obs], [step for _, step in next_obs]) for obs, next_obs in seen
     ]
-    assert all(obs[0][0] == next_obs[0][0] for obs, next_obs in seen) and first == first
+    assert all(obs[0][0] == next_obs[0][0] for obs, next_obs in seen)
     lengths = [stubs.Scripted.ENDINGS[(start + i) % 5][0] for i in range(4)]
     episode = t = 0
-    for number, obs_steps, next_steps in by_episode:
+    for (number, obs_steps, next_steps), row in zip(by_episode, rows, strict=True):
         length = lengths[episode]
+        played = range(t, min(t + 3, length))
+        over = t + 3 >= length and stubs.Scripted.ENDINGS[(start + episode) % 5][1] != "truncated"
+        assert row[2:].tolist() == [sum(10 * (start + episode) + step for step in played), over]
+        assert all((row[:2] == next(actions)).all() for _ in played)
         expected = [min(t + i, length) for i in (1, 2, 3)]
         assert (number, next_steps) == (episode, expected)
         assert obs_steps == ([0, 0, 0] if t == 0 else [t - 2, t - 1, t])
@@ -359,6 +375,24 @@ def test_a_run_from_pixels(run, made):
             episode, t = episode + 1, 0
     assert [row["global_step"] for row in eval_rows(run_dir)] == [20, 40]
     assert np.isfinite([value for _, value in scalars(run_dir)["losses/qf1_loss"]]).all()
+
+
+def test_every_environment_of_a_run_has_the_same_camera():
+    """Where MuJoCo's looks is settled by where things are when the first picture is taken."""
+    try:
+        one, other = (paper.make_env(paper.Args(env_id="InvertedPendulum-v5", pixels=True)) for _ in range(2))
+    except SystemExit:
+        pytest.skip("MuJoCo cannot render here")
+    picture = one.reset(seed=3)[0]
+    assert picture.std() > 5 and (picture == other.reset(seed=3)[0]).all()
+
+
+def test_without_gl_is_one_line_with_the_remedy(tmp_path):
+    line = command(paper, env_id="InvertedPendulum-v5", pixels=True)
+    failed = process(line, tmp_path, MUJOCO_GL="glfw", DISPLAY=":99")
+    assert failed.returncode == 2 and not list(tmp_path.iterdir())
+    assert failed.stderr.startswith("error: cannot make InvertedPendulum-v5") and failed.stderr.count("\n") == 1
+    assert "MUJOCO_GL=egl, and apt-get install libegl1" in failed.stderr
 
 
 def test_pixels_of_a_real_environment():
