@@ -42,7 +42,7 @@ class Args:
     scripts: tuple[str, ...] = ("ddpg_continuous_action", "ddpg_paper_faithful")
     """training scripts whose untrained actors are measured"""
     episodes: int = 100
-    """episodes of the random policy, and of the untrained networks together"""
+    """episodes of the random policy, and of the untrained networks together, 10 each"""
     out: Path = ROOT / "benchmark" / "baselines.csv"
     """table to write"""
 
@@ -77,6 +77,9 @@ def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
 
 
 def main(args: Args):
+    if args.episodes < 2 * EVAL_EPISODES or args.episodes % EVAL_EPISODES:
+        print(f"error: --episodes must be a multiple of {EVAL_EPISODES}, at least two of them", file=sys.stderr)
+        sys.exit(2)
     torch.set_num_threads(1)
     mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
     measured = {"random": random_returns}

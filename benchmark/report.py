@@ -38,6 +38,7 @@ plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, 
 HERE = Path(__file__).resolve().parent
 FINAL_EVALUATIONS = 10  # a final return is the mean of so many last evaluations, as in most of the published tables
 RESAMPLES = 10_000
+EXPORTED = "args.json", "eval.csv", "result.json", "q_estimates.csv"
 # Flags that make no other algorithm or protocol: runs that differ in nothing else share a row
 NOT_A_VARIANT = (
     "env_id seed run_name resume evaluate total_timesteps num_threads cuda cudagraphs compile torch_deterministic "
@@ -64,6 +65,8 @@ class Args:
     """make this page's results sections again instead, from benchmark/results/"""
     curves_only: bool = False
     """in a page's section: show the learning curves without the tables"""
+    published: bool = True
+    """show published figures beside the runs"""
     env_ids: tuple[str, ...] = ()
     """show only these environments"""
     up_to: float = math.inf
@@ -89,6 +92,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.args["seed"]
+
+    @property
+    def script(self) -> str:
+        """The script whose networks it has: the peer has the tuned script's."""
+        return "ddpg_paper_faithful" if "critic_lr" in self.args else "ddpg_continuous_action"
 
     @property
     def last_step(self) -> int:
@@ -121,7 +129,7 @@ def read_run(path: Path, up_to: float) -> Run:
     for number, line in enumerate(lines[1:], 2):
         try:
             step, mean, *others = map(float, line.split(","))
-            if len(others) != 4 or not line.endswith("\n") or not math.isfinite(mean):
+            if len(others) != 4 or not line.endswith("\n") or not math.isfinite(step + mean):
                 raise ValueError
         except ValueError:
             run.problems.append(f"line {number} of eval.csv is broken and left out: {line.strip()!r}")
@@ -166,13 +174,17 @@ def read_runs(args: Args) -> tuple[list[Run], list[str]]:
         first = runs.setdefault((run.env_id, run.label, run.seed), run)
         if first is not run:
             problems.append(f"{run.path}: left out, {first.path} has the same environment, flags and seed")
-    for label in sorted({run.label for run in runs.values()}):
-        seeds = {seed for _, its_label, seed in runs if its_label == label}
-        for env_id in sorted({env_id for env_id, its_label, _ in runs if its_label == label}):
-            missing = sorted(seed for seed in seeds if (env_id, label, seed) not in runs)
+    runs = list(runs.values())
+    for label in sorted({run.label for run in runs}):
+        seeds = {env_id: {run.seed for run in same} for env_id, its_label, same in group(runs) if its_label == label}
+        for env_id in order:
+            missing = sorted(set.union(*seeds.values()) - seeds.get(env_id, set()))
             if missing:
                 problems.append(f"{env_id}, {label}: no run of seed {', '.join(map(str, missing))}")
-    return list(runs.values()), problems
+    for env_id, label, same in group(runs):
+        if len({run.last_step for run in same}) > 1:
+            problems.append(f"{env_id}, {label}: runs of {span([run.last_step for run in same])} steps in one row")
+    return runs, problems
 
 
 def set_labels(runs):
@@ -203,15 +215,15 @@ def published_rows(env_id: str) -> list[dict]:
     return [row for row in read_csv(HERE / "published_returns.csv") if row["env"] == base_name(env_id)]
 
 
-def baselines(env_id: str, args: dict) -> tuple[float | None, float | None]:
-    """Scores of the random and of the untrained policy; none from pixels, where they act at other times."""
-    if args.get("pixels"):
-        return None, None
-    script = "ddpg_paper_faithful" if "critic_lr" in args else "ddpg_continuous_action"  # the peer's networks too
+def baselines(runs: list[Run]) -> tuple[float | None, float | None]:
+    """Scores of the random and of the untrained policy in the environment of these runs, which share their flags."""
+    if runs[0].args.get("pixels"):  # the table's policies act at other times; the runs' first evaluation may do
+        first = [run.evaluations[0][1] for run in runs if run.evaluations[0][0] <= run.args["learning_starts"]]
+        return None, float(np.mean(first)) if first else None
     path = HERE / "baselines.csv"
     rows = read_csv(path) if path.exists() else []
-    scores = {row["policy"]: float(row["mean"]) for row in rows if row["env_id"] == env_id}
-    return scores.get("random"), scores.get(f"untrained {script}")
+    scores = {row["policy"]: float(row["mean"]) for row in rows if row["env_id"] == runs[0].env_id}
+    return scores.get("random"), scores.get(f"untrained {runs[0].script}")
 
 
 def interval(samples, statistic, axis=-1):
@@ -246,7 +258,7 @@ def result_rows(runs: list[Run]) -> list[dict]:
     for env_id, label, same in group(runs):
         finals = [run.final_return for run in same]
         done = [run.result for run in same if run.result and run.result["global_step"] == run.last_step]
-        random, untrained = baselines(env_id, same[0].args)
+        random, untrained = baselines(same)
         rows.append(
             {
                 "env_id": env_id,
@@ -272,9 +284,9 @@ def aggregate_rows(runs: list[Run], reference: str) -> tuple[list[dict], list[st
     for label in sorted({run.label for run in runs}):
         env_ids, samples, at_start = [], [], []
         for env_id, _, same in group([run for run in runs if run.label == label]):
-            random, untrained = baselines(env_id, same[0].args)
+            random, untrained = baselines(same)
             one = [float(row["mean"]) for row in published_rows(env_id) if reference in row["source"]]
-            if random is None or not one:
+            if random is None or untrained is None or not one:
                 left_out.append(env_id)
                 continue
             env_ids.append(env_id)
@@ -333,12 +345,12 @@ def markdown(runs: list[Run], args: Args) -> str:
         f"Final return: the mean of a run's last {FINAL_EVALUATIONS} evaluations, {episodes} episodes each without "
         "exploration noise; then mean ± sample standard deviation over the seeds. Untrained and random: the same "
         "environments under the script's actor as initialised and under uniformly random actions "
-        "(`benchmark/baselines.csv`; not measured from pixels). Steps/s and hours: the median run, evaluations "
-        "included. "
+        "(`benchmark/baselines.csv`; from pixels: the runs' own evaluation before learning). Steps/s and hours: the "
+        "median run, evaluations included, beside whatever else the machine ran. "
         f"{', '.join(versions)}; {'; '.join(sorted(devices))}.",
     ]
     if fewest < 5:
-        text[-1] += f" With {fewest} seed{'s' * (fewest > 1)} an environment, mean and spread are rough themselves."
+        text[-1] += f" With so few seeds (from {fewest} an environment), mean and spread are rough themselves."
 
     rows, left_out = aggregate_rows(runs, args.reference)
     if rows:
@@ -346,12 +358,12 @@ def markdown(runs: list[Run], args: Args) -> str:
         text += [
             table(rows),
             "Across environments: interquartile mean (IQM) of normalised final returns, 0 being the random policy's "
-            f'score and 1 the first figure of "{args.reference}" in the table below, with its protocol and environment '
-            "version; 95 % stratified bootstrap interval over seeds. Untrained policy: the same for the actors as "
-            f"initialised, which is where the runs start from.{note}",
+            f'score and 1 the first figure of "{args.reference}" in the table of published figures, with its protocol '
+            "and environment version; 95 % stratified bootstrap interval over seeds. Untrained policy: the same for "
+            f"the actors as initialised, which is where the runs start from.{note}",
         ]
     published = published_table(list(dict.fromkeys(run.env_id for run in runs)))
-    if published:
+    if published and args.published:
         text += [
             "Published figures, each under its own protocol and on the environment version named:",
             table(published),
@@ -362,7 +374,11 @@ def markdown(runs: list[Run], args: Args) -> str:
 def q_estimates(run: Run) -> list[tuple[int, float, float]]:
     """(global_step, Q(s0, mu(s0)), discounted return) of each evaluation, from the export or the TensorBoard log."""
     if (run.path / "q_estimates.csv").exists():
-        return [tuple(map(float, row.values())) for row in read_csv(run.path / "q_estimates.csv")]
+        try:
+            return [tuple(map(float, row.values())) for row in read_csv(run.path / "q_estimates.csv")]
+        except (ValueError, TypeError):
+            print(f"warning: {run.path}: q_estimates.csv is broken and left out", file=sys.stderr)
+            return []
     log = EventAccumulator(str(run.path), size_guidance={"scalars": 0}).Reload()
     tags = "eval/q_estimate", "eval/discounted_return"
     if not set(tags) <= set(log.Tags()["scalars"]):
@@ -374,13 +390,18 @@ def export(runs: list[Run], folder: Path):
     """Copy what is small; what an earlier export left there goes, so that two experiments don't mix."""
     if any(run.path.resolve().is_relative_to(folder.resolve()) for run in runs):
         fail(f"{folder} holds the runs themselves: --export needs another folder")
+    for path in folder.glob("*/**/*"):
+        if path.is_file() and path.name not in EXPORTED:
+            fail(f"{folder} holds more than an export, {path} for one: --export needs a folder of its own")
+    sweeps = {run.path.parent for run in runs}
+    targets = {folder / (run.path.parent.name if len(sweeps) > 1 else "") / run.path.name: run for run in runs}
+    if len(targets) < len(runs):
+        fail("sweeps of the same name would overwrite each other: export them one by one")
     for old in list(folder.rglob("args.json")):
         shutil.rmtree(old.parent)
-    sweeps = {run.path.parent for run in runs}
-    for run in runs:
-        target = folder / (run.path.parent.name if len(sweeps) > 1 else "") / run.path.name
+    for target, run in targets.items():
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", "eval.csv", "result.json"):
+        for name in EXPORTED[:3]:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, target / name)
         if rows := q_estimates(run):
@@ -398,14 +419,14 @@ def common_steps(curves: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_band(axis, steps, values, **style):
     """Mean over seeds and its 95 % bootstrap band."""
-    axis.plot(steps, values.mean(0), **style)
+    axis.plot(steps, values.mean(0), marker="." if len(steps) == 1 else "", **style)
     if len(values) > 1 and len(steps):
         low, high = interval((values,), np.mean, axis=0)
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: told apart by all readers
-PUBLISHED_STYLES = [(marker, color) for color in ("#666666", "#aa8800") for marker in "osD^vPX*"]
+PUBLISHED_MARKERS = "osD^vPX*"
 
 
 def panels(env_ids: list[str], ylabel: str):
@@ -442,40 +463,40 @@ def panels(env_ids: list[str], ylabel: str):
     return figure, axes.flat, save
 
 
-def draw_learning_curves(runs: list[Run], path: Path):
+def draw_learning_curves(runs: list[Run], args: Args, path: Path):
     env_ids = list(dict.fromkeys(run.env_id for run in runs))
     labels = sorted({run.label for run in runs})
-    published = {env_id: published_rows(env_id) for env_id in env_ids}
-    sources = list(dict.fromkeys((row["source"], row["implementation"]) for rows in published.values() for row in rows))
+    published = {env_id: published_rows(env_id) if args.published else [] for env_id in env_ids}
+    versions = {}  # of the environments, by source and implementation
+    for row in sum(published.values(), []):
+        versions.setdefault((row["source"], row["implementation"]), set()).add(row["env_version"])
+    sources = list(versions)
     _, axes, save = panels(env_ids, "return")
     for axis, env_id in zip(axes, env_ids, strict=False):
+        levels = {}
         for its_env_id, label, same in group(runs):
             if its_env_id == env_id:
                 steps, values = common_steps([dict(run.evaluations) for run in same])
                 color = COLORS[labels.index(label) % len(COLORS)]
                 draw_band(axis, steps, values, color=color, label=label, zorder=3)
-                random, untrained = baselines(env_id, same[0].args)
-                if random is not None:
-                    axis.axhline(random, color="black", linestyle="-.", linewidth=0.9, label="random policy")
-                    axis.axhline(
-                        untrained,
-                        color=color,
-                        linestyle=":",
-                        linewidth=0.9,
-                        label=f"{same[0].args['exp_name']}, untrained",
-                    )
+                levels["random policy"], levels[f"untrained {same[0].script}"] = baselines(same)
+        for (label, level), style in zip(levels.items(), ("-.", ":", (0, (1, 4))), strict=False):
+            if level is not None:
+                axis.axhline(level, color="black", linestyle=style, linewidth=0.9, label=label)
+        if not published[env_id]:
+            continue
         left, right = axis.get_xlim()
         axis.set_xlim(left, left + (right - left) / 0.75)  # a margin for the published figures: they have no steps here
         axis.axvline(right, color="#cccccc", linewidth=0.8)
         axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
         for row in published[env_id]:
             key = row["source"], row["implementation"]
-            marker, color = PUBLISHED_STYLES[sources.index(key) % len(PUBLISHED_STYLES)]
             place = 0.75 + 0.25 * (sources.index(key) + 0.5) / len(sources)
-            label = f"{row['source'].split()[0]}, {row['implementation']}: {row['statistic']}"
-            style = dict(color=color, linewidth=0.4, marker=marker, markersize=4, markevery=[1])
-            style |= dict(label=textwrap.fill(label, 64, break_on_hyphens=False), transform=axis.get_yaxis_transform())
-            axis.plot([0, place, 1], [float(row["mean"])] * 3, **style)
+            label = f"{row['source'].split()[0]}, {row['implementation']}, {'/'.join(sorted(versions[key]))}: "
+            label = textwrap.fill(label + row["statistic"], 64, break_on_hyphens=False)
+            style = dict(color="#666666", linewidth=0.4, markersize=4, markevery=[1], label=label)
+            style["marker"] = PUBLISHED_MARKERS[sources.index(key) % len(PUBLISHED_MARKERS)]
+            axis.plot([0, place, 1], [float(row["mean"])] * 3, transform=axis.get_yaxis_transform(), **style)
     save(path)
 
 
@@ -506,7 +527,7 @@ def write_report(runs: list[Run], args: Args, out: Path):
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw_learning_curves(runs, out / "learning_curves")
+    draw_learning_curves(runs, args, out / "learning_curves")
     draw_q_estimates(runs, out / "q_estimates")
 
 
@@ -528,9 +549,15 @@ def section_text(name: str, flags: str, page: Path) -> str:
         return ""
     text = "" if args.curves_only else f"{markdown(runs, args)}\n"
     text += f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
-    several = any(len(same) > 1 for _, _, same in group(runs))
-    text += "Mean and 95 % bootstrap band over seeds. " if several else ""
-    text += "Right of the grey line: the published figures, after their own steps, most after 1M.\n"
+    seeds = [len(same) for _, _, same in group(runs)]
+    if max(seeds) > 1:
+        few = ", which with three seeds or fewer spans them all" if min(seeds) <= 3 else ""
+        text += f"Mean and 95 % bootstrap band over seeds{few}. "
+    published = [row for run in runs for row in published_rows(run.env_id)] if args.published else []
+    if published:
+        steps = span([int(row["timesteps"]) for row in published])
+        text += f"Right of the grey line: published figures, after {steps} steps."
+    text = text.rstrip() + "\n"
     if not args.curves_only and any(q_estimates(run) for run in runs):
         text += f"\n![Q estimates](benchmark/results/{name}/q_estimates.png)\n\n"
         text += "The critic's estimate at the start of the evaluations, and the discounted return that followed; after "

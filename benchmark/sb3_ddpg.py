@@ -94,6 +94,7 @@ class Protocol(BaseCallback):
 def main(args: script.Args):
     if args.resume:
         args, _ = script.saved_run(Path(args.resume))
+        script.require(args.exp_name == SCRIPT, f"{args.resume} is no run of {SCRIPT}.py")  # it would be removed below
     script.check_args(args)
     script.require(args.policy_frequency == 1, "SB3's DDPG updates its actor at every step: --policy-frequency 1")
     others = args.evaluate or args.track or args.cudagraphs or args.compile

@@ -9,15 +9,15 @@
 #   ENVS     environment ids, separated by spaces
 #   SEEDS    seeds, separated by spaces
 #   STEPS    environment steps of each run
-#   JOBS     runs at a time (default: one a core; with --slurm: no limit)
+#   JOBS     runs at a time (default: as many as the cores have threads for; with --slurm: no limit)
 #   THREADS  CPU threads of each run (default: 1)
 #   OUT      folder of the runs and their logs, under runs/ (default: runs/<the script's name>)
 #   PYTHON   the interpreter (default: python)
 #
-# The same command again skips finished runs and resumes broken-off ones. A failed run does not stop the others, but
-# the sweep then ends with exit code 1. Ctrl-C ends all the runs cleanly.
+# The same command again skips finished runs, resumes broken-off ones, and waits for those that still run. A failed run
+# does not stop the others, but the sweep then ends with exit code 1. Ctrl-C ends all the runs cleanly.
 #
-#   --dry-run  prints the commands of the runs still to do
+#   --dry-run  prints the commands of the runs still to do, and does nothing else
 #   --slurm    submits those runs as a job array instead. sbatch reads its options from the environment:
 #              SBATCH_PARTITION=gpu SBATCH_TIMELIMIT=1-0 SBATCH_GRES=gpu:1 benchmark/ddpg_continuous_action.sh --slurm
 set -euo pipefail
@@ -32,7 +32,7 @@ mode=local
 while (($#)); do
   case $1 in
     SCRIPT=* | ENVS=* | SEEDS=* | STEPS=* | JOBS=* | THREADS=* | OUT=* | PYTHON=*) declare "${1%%=*}=${1#*=}" ;;
-    --dry-run | --slurm | --slurm-task) mode=${1#--} ;;
+    --dry-run | --slurm | --slurm-task) [[ $mode == dry-run ]] || mode=${1#--} ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     --) shift && break ;;
     *) die "unknown setting $1 (--help lists them; flags of the script go after --)" ;;
@@ -40,15 +40,16 @@ while (($#)); do
   shift
 done
 
-read -ra env_list <<<"${ENVS:-}"
-read -ra seed_list <<<"${SEEDS:-}"
+read -rd '' -a env_list <<<"${ENVS:-}" || true # which it says at the end of its input
+read -rd '' -a seed_list <<<"${SEEDS:-}" || true
 ((${#env_list[@]} && ${#seed_list[@]})) || die "ENVS and SEEDS must name at least one environment and one seed"
 [[ -f $root/${SCRIPT:=} ]] || die "SCRIPT must be a file of this repository, not '$SCRIPT'"
 : "${OUT:=runs/$(basename "$SCRIPT" .py)}" "${THREADS:=1}" "${PYTHON:=python}"
 while [[ $OUT == */ ]]; do OUT=${OUT%/}; done
-[[ $OUT == runs/?* ]] || die "OUT must lie under runs/, not '$OUT' (for another disk, make runs a link)"
-[[ ${STEPS:-} =~ ^[1-9][0-9_]*((\.[0-9]+)?e[0-9]+)?$ ]] || die "STEPS must be a number of steps, not '${STEPS:-}'"
-steps=$(LC_ALL=C printf '%.0f' "${STEPS//_/}")
+[[ $OUT == runs/?* && $OUT != *..* ]] || die "OUT must lie under runs/, not '$OUT' (for another disk, make runs a link)"
+[[ ${STEPS:=} =~ ^[0-9][0-9_]*(\.[0-9]+)?([eE][0-9]+)?$ ]] && steps=$(LC_ALL=C printf '%f' "${STEPS//_/}")
+[[ ${steps:-} == *[1-9]*.000000 ]] || die "STEPS must be a number of steps, not '$STEPS'"
+steps=${steps%.*}
 [[ $THREADS =~ ^[1-9][0-9]*$ ]] || die "THREADS must be a positive number, not '$THREADS'"
 [[ ${JOBS:=} =~ ^([1-9][0-9]*)?$ ]] || die "JOBS must be a positive number, not '$JOBS'"
 python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
@@ -59,6 +60,7 @@ names=() envs=() seeds=() state=() pids=()
 for env in "${env_list[@]}"; do
   for seed in "${seed_list[@]}"; do
     name=${env//[\/:]/-}__$(basename "$SCRIPT" .py)__$seed
+    [[ " ${names[*]} " != *" $name "* ]] || die "$env with seed $seed is there twice"
     names+=("$name") envs+=("$env") seeds+=("$seed")
     if [[ -e $OUT/$name/result.json ]]; then state+=(finished); else state+=(waiting); fi
   done
@@ -74,12 +76,25 @@ set_command() { # of run $1
 # Becomes the run: signals reach it directly. Its log is its lock too, so that two sweeps never write the same run.
 launch() {
   exec >>"$OUT/${names[$1]}.log" 2>&1
-  if command -v flock >/dev/null; then flock -n 1 || die "another process is running ${names[$1]}"; fi
+  if command -v flock >/dev/null && ! flock -n 1; then
+    echo "waiting for another process that runs it" && flock 1
+    if [[ -e $OUT/${names[$1]}/result.json ]]; then exit; fi
+  fi
   set_command "$1"
   printf '$' && printf ' %q' "${command[@]}" && echo
   exec "${command[@]}"
 }
 
+if [[ $mode == slurm-task ]]; then
+  if [[ ${state[SLURM_ARRAY_TASK_ID]} == waiting ]]; then launch "$SLURM_ARRAY_TASK_ID"; fi
+  exit # finished since it was submitted
+fi
+
+# Runs of other settings must not end up in one table: whoever changes them starts another folder
+settings=$(printf '%q ' "$SCRIPT" "${flags[@]}")
+if [[ -e $OUT/settings ]] && compgen -G "$OUT/*/args.json" >/dev/null && [[ $settings != "$(<"$OUT/settings")" ]]; then
+  die "$OUT holds a sweep with other settings, $(<"$OUT/settings"): choose another OUT"
+fi
 if [[ $mode == dry-run ]]; then
   for i in "${!names[@]}"; do
     set_command "$i"
@@ -87,17 +102,7 @@ if [[ $mode == dry-run ]]; then
   done
   exit
 fi
-if [[ $mode == slurm-task ]]; then
-  if [[ ${state[SLURM_ARRAY_TASK_ID]} == waiting ]]; then launch "$SLURM_ARRAY_TASK_ID"; fi
-  exit # finished since it was submitted
-fi
-
-# Runs of other settings must not end up in one table: whoever changes them starts another folder
 mkdir -p "$OUT"
-settings=$(printf '%q ' "$SCRIPT" "${flags[@]}")
-if [[ -e $OUT/settings ]] && compgen -G "$OUT/*/args.json" >/dev/null && [[ $settings != "$(<"$OUT/settings")" ]]; then
-  die "$OUT holds a sweep with other settings, $(<"$OUT/settings"): choose another OUT"
-fi
 echo "$settings" >"$OUT/settings"
 
 if [[ $mode == slurm ]]; then
@@ -148,7 +153,8 @@ show() {
 
 stop() {
   trap - INT TERM HUP # a second Ctrl-C ends this script at once
-  for i in "${!pids[@]}"; do if [[ ${state[i]} == running ]]; then kill -TERM "${pids[i]}" 2>/dev/null || true; fi; done
+  # shellcheck disable=SC2046 # one argument for each
+  kill -TERM $(jobs -pr) 2>/dev/null || true
   wait
   printf '\nstopped; the same command goes on\n' >&2
   exit "$1"
@@ -157,7 +163,8 @@ trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
-JOBS=${JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+JOBS=${JOBS:-$((cores > THREADS ? cores / THREADS : 1))}
 every=60 && if [[ -t 1 ]]; then every=10; fi # seconds between lines of progress
 echo "${#names[@]} runs of $SCRIPT, $steps steps each, $JOBS at a time; logs in $OUT"
 SECONDS=0 next=0

@@ -23,10 +23,10 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ddpg_continuous_action import Actor, QNetwork, ReplayBuffer, update
+from ddpg_continuous_action import LOG_INTERVAL, Actor, QNetwork, ReplayBuffer, require, update
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 1_000  # random steps before learning, not timed
+WARM_UP = 1_000  # random steps before learning, not timed; nor are those up to the log's first row after it
 OBS_DIM, ACTION_DIM, BATCH_SIZE = 17, 6, 256  # HalfCheetah-v5
 UPDATE_FLOPS = 357e6  # the matrix products that an update at these sizes cannot do without
 
@@ -38,7 +38,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"
     """environment of the training runs"""
     steps: int = 5_000
-    """timed steps of each run"""
+    """timed steps of each run, 200 or a multiple of it: the log's rows are so far apart"""
     rounds: int = 5
     """rounds, each with one measurement of everything that is compared"""
     threads: tuple[int, ...] = (1, 2)
@@ -49,7 +49,9 @@ class Args:
 
 def train(args: Args, script: str, threads: int, copies: int = 1) -> list[float]:
     """Steps a second of so many runs at once."""
-    flags = f"--total-timesteps {WARM_UP + args.steps} --learning-starts {WARM_UP} --num-threads {threads} "
+    flags = (
+        f"--total-timesteps {WARM_UP + LOG_INTERVAL + args.steps} --learning-starts {WARM_UP} --num-threads {threads} "
+    )
     flags += f"--env-id {args.env_id} --eval-interval 0 --checkpoint-interval 0 --no-save-model"
     path, *own_flags = shlex.split(script)
     command = [sys.executable, ROOT / path, *own_flags, *flags.split()]
@@ -109,6 +111,7 @@ def spread(values, form=".0f") -> str:
 
 
 def main(args: Args):
+    require(args.steps > 0 and args.steps % LOG_INTERVAL == 0, f"--steps must be a multiple of {LOG_INTERVAL}")
     print(
         f"Median of {args.rounds} rounds (range). torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
     )

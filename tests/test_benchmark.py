@@ -1,6 +1,7 @@
 """Sweeps with the real scripts, killed and started again; the report against numbers computed here by hand."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -54,9 +55,11 @@ def early(checkpoint):
 
 
 def test_sweep_killed_and_started_again(tmp_path):
-    settings = ["ENVS=Pendulum-v1 InvertedPendulum-v5", "SEEDS=1 2", "STEPS=2e3", "JOBS=2", "OUT=runs/sweep"]
-    out = tmp_path / "runs/sweep"
-    process = subprocess.Popen(sweep_command(*settings), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    settings = ["ENVS=Pendulum-v1\nInvertedPendulum-v5", "SEEDS=1 2", "STEPS=2e3", "JOBS=2", "OUT=runs/sweep"]
+    out, steps = tmp_path / "runs/sweep", list(range(100, 2001, 100))
+    flags = " ".join(FLAGS).replace("--eval-interval 500", "--eval-interval 100").split()
+    command = sweep_command(*settings, flags=flags)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Interrupted when a run is finished, and another one has a checkpoint behind it and most steps before it
     wait_until(lambda: any(out.glob("*/result.json")) and any(map(early, out.glob("*/checkpoint.pt"))))
     process.send_signal(signal.SIGINT)
@@ -70,7 +73,7 @@ def test_sweep_killed_and_started_again(tmp_path):
         assert "stopped by SIG" in (out / f"{name}.log").read_text()
     kept = {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
 
-    again = sweep(tmp_path, *settings)
+    again = sweep(tmp_path, *settings, flags=flags)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "4 done, 0 running, 0 waiting, 0 failed" in again.stdout
     names = [
@@ -80,11 +83,11 @@ def test_sweep_killed_and_started_again(tmp_path):
         commands = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("$ ")]
         assert len(commands) == 1 + (name in started - finished)  # nothing is run twice
         assert ("--resume" in commands[-1]) == (name in started - finished)
-        assert [step for step, _ in evaluations(out / name)] == [500, 1000, 1500, 2000]
+        assert [step for step, _ in evaluations(out / name)] == steps
     assert kept == {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
 
     # Other settings in the same folder would mix two experiments in one table
-    other = sweep(tmp_path, *settings, flags=[*FLAGS, "--gamma", "0.9"])
+    other = sweep(tmp_path, *settings, flags=[*flags, "--gamma", "0.9"])
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
 
     # The report, to the digit
@@ -96,7 +99,7 @@ def test_sweep_killed_and_started_again(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["env_id"] for row in rows] == ["InvertedPendulum-v5", "Pendulum-v1"]
     for row, pair in zip(rows, (names[:2], names[2:]), strict=True):
-        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)) for name in pair]  # 4 evaluations
+        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)[10:]) for name in pair]  # of 20
         assert [float(value) for value in row["returns"].split()] == pytest.approx(finals, rel=1e-12)
         assert float(row["final_return"]) == pytest.approx(statistics.fmean(finals), rel=1e-12)
         assert float(row["std_over_seeds"]) == pytest.approx(statistics.stdev(finals), rel=1e-9)
@@ -104,6 +107,19 @@ def test_sweep_killed_and_started_again(tmp_path):
         assert shown in (out / "report/results.md").read_text() and shown in made.stdout
     for name in ("learning_curves.png", "learning_curves.svg", "q_estimates.png", "q_estimates.svg"):
         assert (out / "report" / name).stat().st_size > 1000
+
+
+def test_sweep_killed_outright_finds_its_run_still_going(tmp_path):
+    settings = ["ENVS=Pendulum-v1", "SEEDS=1", "STEPS=4e3", "OUT=runs/sweep"]
+    process = subprocess.Popen(sweep_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    run_dir = tmp_path / "runs/sweep/Pendulum-v1__ddpg_continuous_action__1"
+    wait_until((run_dir / "eval.csv").exists)
+    process.kill()
+    again = sweep(tmp_path, *settings)
+    assert again.returncode == 0 and "1 done, 0 running, 0 waiting, 0 failed" in again.stdout
+    log = run_dir.with_name(f"{run_dir.name}.log").read_text()
+    assert "waiting for another process" in log and log.count("$ ") == 1
+    assert [step for step, _ in evaluations(run_dir)] == list(range(500, 4001, 500))
 
 
 def test_failed_run_fails_the_sweep_but_not_the_others(tmp_path):
@@ -121,6 +137,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path):
         "SEEDS=1 2",
         "STEPS=300e3",
         "--dry-run",
+        "--slurm",  # submits nothing then
         flags=["--wandb-entity", "a b"],
         env=os.environ | {"ENVS": "A B/C"},
     )
@@ -132,7 +149,10 @@ def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", ["SEED=1", "OUT=elsewhere", "STEPS=many", "STEPS=1.5", "JOBS=0", "THREADS=0", "ENVS= ", "PYTHON=no-such"]
+    "setting",
+    "SEED=1,SEEDS=1 1,OUT=elsewhere,OUT=runs/../x,STEPS=many,STEPS=1.5,STEPS=0,JOBS=0,THREADS=0,ENVS= ,PYTHON=no".split(
+        ","
+    ),
 )
 def test_bad_setting_is_one_line(tmp_path, setting):
     bad = sweep(tmp_path, setting)
@@ -164,12 +184,16 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
     process = task(1)
     run_dir = tmp_path / "runs/sweep" / name
     wait_until(lambda: (run_dir / "eval.csv").exists() and evaluations(run_dir))
-    second = task(1)  # the same run again, while the first goes on
-    assert second.wait(timeout=30) == 2
+    log = tmp_path / "runs/sweep" / f"{name}.log"
+    second = task(1)  # the same run again, while the first goes on: requeued by a cluster in a hurry
+    wait_until(lambda: "waiting for another process" in log.read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
-    log = (tmp_path / "runs/sweep" / f"{name}.log").read_text()
-    assert "stopped by SIGTERM" in log and "another process is running" in log
+    wait_until(lambda: "--resume" in log.read_text().splitlines()[-1])
+    wait_until(lambda: log.read_text().count("replay buffer") == 2)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(timeout=30) in (143, -signal.SIGTERM)
+    assert log.read_text().count("$ ") == 2
 
 
 def test_shellcheck():
@@ -219,6 +243,8 @@ def test_report_on_odd_input(tmp_path):
     (write_run(runs, "Hopper-v5", 5, means) / "result.json").write_text("{}")
     (write_run(runs, "Hopper-v5", 6, means) / "args.json").write_text('{"args": {"env_id": "Hopper-v5"}}')
     write_run(runs, "Hopper-v5", 7, means[:1], complete=False)
+    broken = write_run(runs, "Ant-v5", 3, means[:11], tail="inf,1,1,0,2,10\n")
+    (broken / "q_estimates.csv").write_text("global_step,q_estimate,discounted_return\n5000,oh\n")
     made = run_report(runs)
     assert made.returncode == 0
     warnings = [line for line in made.stderr.splitlines() if line.startswith("warning: ")]
@@ -233,13 +259,18 @@ def test_report_on_odd_input(tmp_path):
         "Hopper-v5_ddpg_continuous_action_7: 1 evaluations: the final return is the mean of those",
         "Hopper-v5_ddpg_continuous_action_7: left out, other seeds of its row are complete",
         "Ant-v5, ddpg_continuous_action: no run of seed 2",
+        "Ant-v5, ddpg_continuous_action: runs of 55,000 to 60,000 steps in one row",
+        "Ant-v5, sb3_ddpg: no run of seed 3",
+        "Ant-v5_ddpg_continuous_action_3: line 13 of eval.csv is broken and left out: 'inf,1,1,0,2,10'",
+        "Hopper-v5, ddpg_continuous_action: no run of seed 3",
+        "Ant-v5_ddpg_continuous_action_3: q_estimates.csv is broken and left out",
         "2 scripts, each in rows of its own: ddpg_continuous_action, sb3_ddpg",
     ):
         assert sum(expected in line for line in warnings) == 1, (expected, warnings)
-    assert len(warnings) == 11 and "Traceback" not in made.stderr
+    assert len(warnings) == 16 and "Traceback" not in made.stderr
     rows = [line for line in made.stdout.splitlines() if line.startswith(("| Ant", "| Hopper"))]
     assert [row.split(" | ")[:5] for row in rows] == [
-        ["| Ant-v5", "ddpg_continuous_action", "**650.0**", "650", "1"],
+        ["| Ant-v5", "ddpg_continuous_action", "**600.0** ± 70.7", "650, 550", "2"],
         ["| Hopper-v5", "ddpg_continuous_action", "**700.0** ± 70.7", "650, 750", "2"],
         ["| Hopper-v5", "sb3_ddpg", "**650.0**", "650", "1"],
     ]
@@ -276,6 +307,24 @@ def test_export_keeps_sweeps_of_the_same_run_names_apart(tmp_path):
     assert report.read_runs(report.Args(runs=(tmp_path / "data",)))[0]
 
 
+def test_export_removes_nothing_but_an_export(tmp_path, capsys):
+    (run,) = report.read_runs(report.Args(runs=(write_run(tmp_path / "runs", "Hopper-v5", 1, [1] * 10),)))[0]
+    for kept in "other/run/model.pt", "other/learning_curves.png":  # somebody's runs; a folder of exports
+        write_run(tmp_path / "data/other", "Ant-v5", 1, [1] * 10)
+        path = tmp_path / "data" / kept
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        with pytest.raises(SystemExit):
+            report.export([run], tmp_path / "data")
+        assert "holds more than an export" in capsys.readouterr().err
+        assert len(list((tmp_path / "data").rglob("args.json"))) == 1
+        shutil.rmtree(tmp_path / "data")
+    with pytest.raises(SystemExit):  # two sweeps of one name
+        twin = write_run(tmp_path / "elsewhere/runs", "Hopper-v5", 1, [1] * 10)
+        report.export([run, *report.read_runs(report.Args(runs=(twin,)))[0]], tmp_path / "data")
+    assert "overwrite each other" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
 def test_up_to_compares_runs_of_different_lengths(tmp_path):
     write_run(tmp_path, "Hopper-v5", 1, range(60))
     runs, _ = report.read_runs(report.Args(runs=(tmp_path,), up_to=100e3))
@@ -286,8 +335,10 @@ def test_interquartile_mean_and_interval():
     assert report.interquartile_mean(np.array([0, 3, 4, 100]), np.array([5, 6, 7, 8])) == (4 + 5 + 6 + 7) / 4
     # Strata are resampled by themselves: where each is constant, there is nothing to vary
     assert tuple(report.interval([np.zeros(3), np.ones(3)], report.interquartile_mean)) == (0.5, 0.5)
-    low, high = report.interval([np.array([0.0, 1.0])], report.interquartile_mean)
-    assert (low, high) == (0, 1)
+    # The level: against all the 5^5 samples that there are of five seeds
+    seeds = np.array([0.0, 1.0, 3.0, 7.0, 20.0])
+    means = [np.mean(sample) for sample in itertools.product(seeds, repeat=5)]
+    assert tuple(report.interval([seeds], np.mean)) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.15)
 
 
 def test_scores_are_normalised_by_the_random_policy_and_the_reference(tmp_path):
@@ -295,11 +346,20 @@ def test_scores_are_normalised_by_the_random_policy_and_the_reference(tmp_path):
         write_run(tmp_path, env_id, 1, [50] * 10)
     runs, _ = report.read_runs(report.Args(runs=(tmp_path,)))
     rows, left_out = report.aggregate_rows(runs, "CleanRL docs")
-    (random_hopper, _), (random_pusher, _) = (report.baselines(env_id, {}) for env_id in ("Hopper-v5", "Pusher-v5"))
+    (random_hopper, _), (random_pusher, _) = (report.baselines([run]) for run in runs[:2])
     # CleanRL's torch script: 1,576.78 on Hopper-v4, -77.30 on Pusher-v4
     scores = [(50 - random_hopper) / (1576.78 - random_hopper), (50 - random_pusher) / (-77.30 - random_pusher)]
     assert rows[0]["IQM"] == f"{np.mean(scores):.2f}" and rows[0]["environments"] == "Hopper-v5, Pusher-v5"
     assert left_out == ["Unheard-v0"]
+
+
+def test_untrained_policy_from_pixels_is_the_run_before_learning(tmp_path):
+    for seed, learning_starts in (1, 5_000), (2, 5_000), (3, 4_999):
+        flags = dict(pixels=True, critic_lr=1e-3, learning_starts=learning_starts)
+        write_run(tmp_path, "Hopper-v5", seed, [10 * seed] + [50] * 9, **flags)
+    runs, _ = report.read_runs(report.Args(runs=(tmp_path,)))
+    assert report.baselines([run for run in runs if run.seed < 3]) == (None, 15)
+    assert report.baselines([run for run in runs if run.seed == 3]) == (None, None)  # it has learned by then
 
 
 def test_page_is_made_from_the_exported_data(tmp_path):
@@ -330,16 +390,16 @@ def test_page_is_made_from_the_exported_data(tmp_path):
 
 def test_readme_agrees_with_the_committed_data(tmp_path):
     page = ROOT / "README.md"
-    sections = report.SECTION.findall(page.read_text()) if page.exists() else []
-    if not sections:
-        pytest.skip("the README has no results section yet")
+    sections = report.SECTION.findall(page.read_text())
+    names = [name for _, name, *_ in sections]
+    assert names == ["first-run", "ddpg_continuous_action", "peer", "ddpg_paper_faithful", "pixels"]
+    assert page.read_text().count("<!-- results:") == 2 * len(names) + 2  # and two in the sentence that explains them
     assert report.rendered(page) == page.read_text(), "run: python benchmark/report.py --readme README.md"
     for _, name, flags, _ in sections:
         args = report.section_args(name, flags, page)
-        if runs := report.read_runs(args)[0]:
-            report.write_report(runs, args, tmp_path / name)
-            for made in (tmp_path / name).glob("*.[!p]*"):  # the PNG is the same figure as the SVG
-                assert made.read_bytes() == (args.out / made.name).read_bytes(), made.name
+        report.write_report(report.read_runs(args)[0], args, tmp_path / name)
+        for made in (tmp_path / name).glob("*.[!p]*"):  # the PNG is the same figure as the SVG
+            assert made.read_bytes() == (args.out / made.name).read_bytes(), made.name
 
 
 def test_committed_baselines_cover_the_published_set_up():
@@ -359,6 +419,13 @@ def test_baselines_are_measured():
         assert -2000 < mean < -500
 
 
+def test_committed_baselines_are_what_the_command_measures(tmp_path):
+    args = baselines.Args(env_ids=("InvertedPendulum-v5",), out=tmp_path / "baselines.csv")
+    baselines.main(args)
+    committed = report.read_csv(ROOT / "benchmark/baselines.csv")
+    assert report.read_csv(args.out) == [row for row in committed if row["env_id"] in args.env_ids]
+
+
 def test_peer_leaves_the_same_files_and_is_evaluated_alike(tmp_path):
     env = os.environ | {"SCRIPT": "benchmark/sb3_ddpg.py", "ENVS": "Pendulum-v1", "SEEDS": "1", "STEPS": "1100"}
     command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *FLAGS]
@@ -368,6 +435,11 @@ def test_peer_leaves_the_same_files_and_is_evaluated_alike(tmp_path):
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
     (run,), _ = report.read_runs(report.Args(runs=(run_dir,)))
     assert run.label == "sb3_ddpg" and len(report.q_estimates(run)) == 3
+
+    # It has no checkpoints: --resume starts over, so it must not take a run of the script for its own
+    ours = write_run(tmp_path, "Pendulum-v1", 1, [1.0], complete=False)
+    resumed = subprocess.run([sys.executable, sb3_ddpg.__file__, "--resume", ours], capture_output=True, text=True)
+    assert resumed.returncode == 2 and "is no run of sb3_ddpg.py" in resumed.stderr and (ours / "eval.csv").exists()
 
     # Its policy as our evaluation sees it, against its own
     env = script.make_env(script.Args(env_id="Pendulum-v1"))
