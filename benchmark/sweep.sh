@@ -9,7 +9,7 @@
 #   ENVS     environment ids, separated by spaces
 #   SEEDS    seeds, separated by spaces
 #   STEPS    environment steps of each run
-#   JOBS     runs at a time (default: as many as the cores have threads for; with --slurm: no limit)
+#   JOBS     runs at a time (default: the cores divided by THREADS; with --slurm: no limit)
 #   THREADS  CPU threads of each run (default: 1)
 #   OUT      folder of the runs and their logs, under runs/ (default: runs/<the script's name>)
 #   PYTHON   the interpreter (default: python)

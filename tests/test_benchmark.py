@@ -466,3 +466,12 @@ def test_throughput_measures_the_update():
     # Multiply-adds a row: five forward passes, four backward ones that reach an input, one more for the weights of each
     actor, critic = 17 * 256 + 256 * 256 + 256 * 6, 23 * 256 + 256 * 256 + 256
     assert 0.95 < throughput.UPDATE_FLOPS / (2 * 256 * 5 * (actor + critic)) < 1.05
+
+
+@pytest.mark.parametrize(
+    "main, args", [(throughput.main, throughput.Args(steps=300)), (baselines.main, baselines.Args(episodes=5))]
+)
+def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
