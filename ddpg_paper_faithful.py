@@ -446,8 +446,8 @@ def check_args(args: Args):
         if isinstance(value, int | float):
             fine, limit = (value > 0, "positive") if name in positive else (value >= 0, "at least 0")
             require(fine and value < np.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
-    normalised = args.batch_norm and not args.pixels
-    require(args.batch_size > normalised, "--batch-size must be at least 2: batch normalisation needs it")
+    enough = args.batch_size > 1 or args.pixels or not args.batch_norm
+    require(enough, "--batch-size must be at least 2: batch normalisation needs it")
     require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
     require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
     require(args.seed < 2**32, "--seed must be below 2**32")

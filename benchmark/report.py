@@ -401,7 +401,7 @@ def export(runs: list[Run], folder: Path):
         shutil.rmtree(old.parent)
     for target, run in targets.items():
         target.mkdir(parents=True, exist_ok=True)
-        for name in EXPORTED[:3]:
+        for name in EXPORTED:
             if (run.path / name).exists():
                 shutil.copyfile(run.path / name, target / name)
         if rows := q_estimates(run):
@@ -548,16 +548,18 @@ def section_text(name: str, flags: str, page: Path) -> str:
     if not runs:  # no data committed yet
         return ""
     text = "" if args.curves_only else f"{markdown(runs, args)}\n"
-    text += f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n\n"
+    text += f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n"
+    captions = []
     seeds = [len(same) for _, _, same in group(runs)]
     if max(seeds) > 1:
         few = ", which with three seeds or fewer spans them all" if min(seeds) <= 3 else ""
-        text += f"Mean and 95 % bootstrap band over seeds{few}. "
+        captions.append(f"Mean and 95 % bootstrap band over seeds{few}.")
     published = [row for run in runs for row in published_rows(run.env_id)] if args.published else []
     if published:
         steps = span([int(row["timesteps"]) for row in published])
-        text += f"Right of the grey line: published figures, after {steps} steps."
-    text = text.rstrip() + "\n"
+        captions.append(f"Right of the grey line: published figures, after {steps} steps.")
+    if captions:
+        text += f"\n{' '.join(captions)}\n"
     if not args.curves_only and any(q_estimates(run) for run in runs):
         text += f"\n![Q estimates](benchmark/results/{name}/q_estimates.png)\n\n"
         text += "The critic's estimate at the start of the evaluations, and the discounted return that followed; after "

@@ -84,7 +84,7 @@ class Protocol(BaseCallback):
         returns, discounted, q = script.evaluate(actor, actor.q, self.eval_envs, args.seed, args.gamma)
         statistics = returns.mean(), returns.std(), returns.min(), returns.max()
         self.eval_rows.append([self.num_timesteps, *map(float, statistics), len(returns)])
-        lines = [["global_step", "mean", "std", "min", "max", "episodes"], *self.eval_rows]
+        lines = [script.EVAL_COLUMNS, *self.eval_rows]
         script.save(self.run_dir / "eval.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
         scalars = {"episodic_return": returns, "discounted_return": discounted, "q_estimate": q}
         self.log.add({f"eval/{name}": values.mean() for name, values in scalars.items()}, self.num_timesteps)

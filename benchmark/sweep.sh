@@ -40,7 +40,7 @@ while (($#)); do
   shift
 done
 
-read -rd '' -a env_list <<<"${ENVS:-}" || true # which it says at the end of its input
+read -rd '' -a env_list <<<"${ENVS:-}" || true # read fails at the end of its input
 read -rd '' -a seed_list <<<"${SEEDS:-}" || true
 ((${#env_list[@]} && ${#seed_list[@]})) || die "ENVS and SEEDS must name at least one environment and one seed"
 [[ -f $root/${SCRIPT:=} ]] || die "SCRIPT must be a file of this repository, not '$SCRIPT'"

@@ -49,10 +49,8 @@ class Args:
 
 def train(args: Args, script: str, threads: int, copies: int = 1) -> list[float]:
     """Steps a second of so many runs at once."""
-    flags = (
-        f"--total-timesteps {WARM_UP + LOG_INTERVAL + args.steps} --learning-starts {WARM_UP} --num-threads {threads} "
-    )
-    flags += f"--env-id {args.env_id} --eval-interval 0 --checkpoint-interval 0 --no-save-model"
+    flags = f"--total-timesteps {WARM_UP + LOG_INTERVAL + args.steps} --learning-starts {WARM_UP} "
+    flags += f"--num-threads {threads} --env-id {args.env_id} --eval-interval 0 --checkpoint-interval 0 --no-save-model"
     path, *own_flags = shlex.split(script)
     command = [sys.executable, ROOT / path, *own_flags, *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
