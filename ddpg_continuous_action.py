@@ -11,27 +11,45 @@ This is the paper's Algorithm 1 with the settings that later work found to do be
 layers of 256, the action at the critic's first layer, torch's initial weights, no batch normalisation, Adam at 3e-4
 for both networks without weight decay, batches of 256, tau 0.005, 25,000 uniformly random steps first, and Gaussian
 instead of Ornstein-Uhlenbeck exploration noise. The paper's own settings are next door, in ddpg_paper_faithful.py.
+
+| Algorithm 1                                                            | here                   |
+|------------------------------------------------------------------------|------------------------|
+| initialise critic Q(s, a), actor mu(s) and their targets Q' and mu'    | DDPG.__init__          |
+| initialise the replay buffer R                                         | ReplayBuffer.__init__  |
+| initialise a random process N, receive the first observation s_1       | main; GaussianNoise    |
+| select the action a_t = mu(s_t) + N_t                                  | DDPG.explore           |
+| execute a_t, observe the reward r_t and the next observation s_t+1     | main                   |
+| store the transition (s_t, a_t, r_t, s_t+1) in R                       | ReplayBuffer.add       |
+| sample a random minibatch of N transitions from R                      | ReplayBuffer.sample    |
+| set y_i = r_i + gamma Q'(s_i+1, mu'(s_i+1)), minimise (y_i - Q)^2      | DDPG.critic_loss       |
+| update the actor with the sampled policy gradient                      | DDPG.actor_loss        |
+| update the targets, theta' <- tau theta + (1 - tau) theta'             | DDPG.update_targets    |
 """
 
 import contextlib
 import copy
 import functools
+import io
 import json
+import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Annotated, NamedTuple
 
 import gymnasium as gym
@@ -45,22 +63,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-signals: list[int] = []  # that ask the run to stop
-EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
-EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
-LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
-CHECKPOINT_FORMAT = 1  # raised when the contents change: an older checkpoint is refused
-EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
-
-
-def parse_int(text: str) -> int:
-    """An integer as people type it: 1000000, 1_000_000 or 1e6, but not 1.5."""
-    if not float(text).is_integer():
-        raise ValueError(f"{text} is not an integer")
-    return int(float(text))
-
-
-Spec = tyro.constructors.PrimitiveConstructorSpec
+Spec = tyro.constructors.PrimitiveConstructorSpec  # of integers as people type them: 1e6 and 1_000_000 too
 Int = Annotated[int, Spec(1, "INT", lambda s: parse_int(s[0]), lambda n: isinstance(n, int), lambda n: [str(n)])]
 
 
@@ -68,13 +71,13 @@ Int = Annotated[int, Spec(1, "INT", lambda s: parse_int(s[0]), lambda n: isinsta
 class Args:
     # Experiment
     exp_name: str = SCRIPT
-    """name of the experiment, a part of the run's name"""
+    """name of the experiment, part of the run's name"""
     run_name: str | None = None
     """folder of this run in runs/; by default {env_id}__{exp_name}__{seed}__{unix time}"""
     seed: Int = 1
     """seed of the networks, the environment, the exploration and the sampling of batches"""
     torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
+    """restrict cuDNN to deterministic algorithms"""
     cuda: bool = True
     """train on the GPU if there is one"""
     cudagraphs: bool = False
@@ -92,21 +95,25 @@ class Args:
     save_model: bool = True
     """write model.pt at each evaluation and at the end"""
     checkpoint_interval: Int = 50_000
-    """steps between checkpoints, each written when the episode under way has ended; 0 = none"""
+    """steps between checkpoints, each written at the end of the episode in progress; 0 = none"""
     keep_checkpoint: bool = False
-    """keep the last checkpoint of a finished run, for --resume to extend it"""
+    """keep the last checkpoint of a finished run, so that --resume can extend it"""
     resume: str | None = None
-    """folder of a broken-off run, to go on with under its own flags; only --total-timesteps may be raised"""
+    """folder of an interrupted run to resume under its own flags; only --total-timesteps may be raised"""
 
     # Evaluation
     eval_interval: Int = 5_000
     """steps between evaluations, which are without exploration noise; 0 = none"""
     eval_episodes: Int = 10
-    """episodes of one evaluation"""
+    """episodes per evaluation"""
+    final_eval_episodes: Int = 100
+    """episodes, from starts that no evaluation has met, of one more evaluation at the end; 0 = none"""
+    max_eval_steps: Int = 100_000
+    """steps after which an evaluation cuts an episode that does not end"""
     capture_video: bool = False
     """film the first episode of each evaluation, with --evaluate every episode, into the run's videos/"""
     evaluate: str | None = None
-    """folder of a run, to evaluate its model instead of training"""
+    """folder of a run whose model to evaluate instead of training"""
 
     # Algorithm
     env_id: str = "HalfCheetah-v5"
@@ -120,15 +127,20 @@ class Args:
     gamma: float = 0.99
     """discount factor (paper, section 7: 0.99)"""
     tau: float = 0.005
-    """part of the way that the targets go towards the networks in an update (paper, section 7: 0.001)"""
+    """target smoothing coefficient: the part of the way that the targets move per update (paper, section 7: 0.001)"""
     batch_size: Int = 256
-    """transitions in a batch (paper, section 7: 64)"""
+    """transitions per batch (paper, section 7: 64)"""
     exploration_noise: float = 0.1
     """standard deviation of the Gaussian exploration noise, in halves of the action range"""
     learning_starts: Int = 25_000
     """steps of uniformly random actions before learning starts (the paper is silent)"""
     policy_frequency: Int = 1
-    """critic updates to one update of the actor and the targets (paper, Algorithm 1: 1; CleanRL and TD3: 2)"""
+    """critic updates per update of the actor and the targets (paper, Algorithm 1: 1; CleanRL and TD3: 2)"""
+
+    def __new__(cls, *_, **given):
+        args = super().__new__(cls)
+        args.given = given  # what --resume must not take from the run
+        return args
 
 
 class QNetwork(nn.Module):
@@ -177,18 +189,12 @@ class Batch(NamedTuple):
     terminated: torch.Tensor  # (N,), 1 after a terminal state; a time limit is not one
 
 
-def copy_async(array: np.ndarray, destination: torch.Tensor):
-    """Copy to the device without waiting for it: from memory that is pinned, where that is a GPU."""
-    source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
-    destination.copy_(source, non_blocking=True)
-
-
 class ReplayBuffer:
     """The last `capacity` transitions on the training device, one float32 row each: a batch is a single gather."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = torch.empty(capacity, sum(self.sizes), device=device)
+        self.rows = allocate(capacity, sum(self.sizes), device=device)
         self.stored = {"rows": self.rows}  # what a checkpoint keeps
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
@@ -224,163 +230,569 @@ class GaussianNoise:
     def __init__(self, std: torch.Tensor):
         self.std = std
 
+    def reset(self):
+        """Called at the start of each episode: there is nothing to start anew."""
+
     def sample(self):
         return self.std * torch.randn_like(self.std)
 
 
-@torch.no_grad()
-def explore(actor, obs, noise):
-    """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
-    greedy = actor(obs)
-    return torch.cat([greedy, actor.clip(greedy + noise.sample())])
+class DDPG:
+    """The networks, targets, optimisers and noise of Algorithm 1, and what is done with them.
 
+    Whatever is added here as an attribute becomes part of the checkpoints, and of model.pt.
+    """
 
-def critic_loss(qf, target_actor, target_qf, batch, gamma):
-    """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
-    with torch.no_grad():
-        next_q = target_qf(batch.next_obs, target_actor(batch.next_obs))
-        y = batch.reward + gamma * (1 - batch.terminated) * next_q  # equation 5, but no value after a terminal state
-    q = qf(batch.obs, batch.action)
-    return F.mse_loss(q, y), q
+    def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
+        (obs_dim,), low, high = obs_space.shape, *float32_bounds(action_space)
+        self.actor = Actor(obs_dim, low, high).to(device)
+        self.qf = QNetwork(obs_dim, len(low)).to(device)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_qf = copy.deepcopy(self.qf).requires_grad_(False)
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), lr=args.learning_rate)
+        self.noise = GaussianNoise(args.exploration_noise * self.actor.action_scale)
+        self.gamma, self.tau = args.gamma, args.tau
+        self.obs = torch.zeros(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
+        self.actions = np.zeros((2, len(low)))  # of the last step: greedy, explored
 
+    def act(self, obs):
+        """The action (action_dim,) to explore with after the observation (obs_dim,), both NumPy arrays."""
+        copy_async(obs, self.obs[0])
+        self.actions = self.explore().cpu().numpy()  # the only wait for the device in a step
+        return self.actions[1]
 
-def actor_loss(actor, qf, obs):
-    """Minus the mean of Q(s, mu(s)): descending it ascends the sampled policy gradient, equation 6."""
-    return -qf(obs, actor(obs)).mean()
+    @torch.no_grad()
+    def explore(self):
+        """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
+        greedy = self.actor(self.obs)
+        return torch.cat([greedy, self.actor.clip(greedy + self.noise.sample())])
+
+    def critic_loss(self, batch: Batch):
+        """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
+        with torch.no_grad():
+            next_q = self.target_qf(batch.next_obs, self.target_actor(batch.next_obs))
+            y = batch.reward + self.gamma * (1 - batch.terminated) * next_q  # equation 5; 0 after a terminal state
+        q = self.qf(batch.obs, batch.action)
+        return F.mse_loss(q, y), q
+
+    def actor_loss(self, obs):
+        """Minus the mean of Q(s, mu(s)): descending it ascends the sampled policy gradient, equation 6."""
+        return -self.qf(obs, self.actor(obs)).mean()
+
+    @torch.no_grad()
+    def update_targets(self):
+        """theta' <- tau theta + (1 - tau) theta', for both targets."""
+        targets = [*self.target_actor.parameters(), *self.target_qf.parameters()]
+        torch._foreach_lerp_(targets, [*self.actor.parameters(), *self.qf.parameters()], self.tau)
+
+    def update(self, batch: Batch, update_actor: bool = True):
+        """One update of Algorithm 1: the critic, then the actor, then both targets.
+
+        Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
+        """
+        qf_loss, q = self.critic_loss(batch)
+        descend(self.qf_optimizer, qf_loss)
+        losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
+        if update_actor:
+            actor_loss = self.actor_loss(batch.obs)
+            descend(self.actor_optimizer, actor_loss)
+            losses["losses/actor_loss"] = actor_loss.detach()
+            self.update_targets()
+        return losses
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch):
+        """What is logged beside the losses: saturated actions, how far exploration strays, gradient norms."""
+        unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
+        scalars = {
+            "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
+            "charts/exploration_difference": np.abs(self.actions[1] - self.actions[0]).mean(),
+        }
+        for name, network in ("actor", self.actor), ("qf1", self.qf):
+            gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+            scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
+        return scalars
+
+    def model_state(self):
+        """What acting and evaluating need, for model.pt: neither targets and optimisers nor plain values."""
+        parts = {name: state for name, state in self.state_dict().items() if isinstance(state, dict)}
+        return {name: state for name, state in parts.items() if not re.match("target_.*|.*_optimizer", name)}
+
+    def state_dict(self):
+        return {name: state_of(value) for name, value in vars(self).items()}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, restored(getattr(self, name, None), value))
 
 
 def descend(optimizer, loss):
     """A step down the loss; gradients are taken of the optimiser's own parameters, so of the actor's alone or Q's."""
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
     optimizer.step()
 
 
-def update(actor, qf, target_actor, target_qf, actor_optimizer, qf_optimizer, batch, gamma, tau, update_actor=True):
-    """One update of Algorithm 1: the critic, then the actor, then both targets.
-
-    Returns what is logged, still on the device: nothing here waits for it. Gradients stay in the parameters.
-    """
-    qf_loss, q = critic_loss(qf, target_actor, target_qf, batch, gamma)
-    descend(qf_optimizer, qf_loss)
-    losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
-    if update_actor:
-        mu_loss = actor_loss(actor, qf, batch.obs)
-        descend(actor_optimizer, mu_loss)
-        losses["losses/actor_loss"] = mu_loss.detach()
-        with torch.no_grad():  # theta' <- tau theta + (1 - tau) theta'
-            targets = [*target_actor.parameters(), *target_qf.parameters()]
-            torch._foreach_lerp_(targets, [*actor.parameters(), *qf.parameters()], tau)
-    return losses
+def wrapped(env: gym.Env, args: Args) -> gym.Env:
+    """The environment as training and evaluation meet it: the place for wrappers."""
+    return env
 
 
 @torch.no_grad()
-def evaluate(actor, qf, envs, seed, gamma):
-    """One episode without exploration noise in each environment, all stepped together.
+def evaluate(agent: DDPG, envs: list[gym.Env], first_seed: int, max_steps: int):
+    """One episode without exploration noise in each environment, started from first_seed, first_seed + 1, ...
 
-    Every evaluation of a run meets the same starts, and no other run does. Finished episodes keep their rows in the
-    batch: its shape, and with it the rounding of the others' actions, stays the same. Returns three arrays (N,): the
-    return, the discounted return, and what the critic made of that at the start.
+    All are stepped together. Finished episodes keep their rows in the batch: its shape, and with it the rounding of
+    the others' actions, stays the same. Returns three arrays (N,): the return, the discounted return, and what the
+    critic made of that at the start.
     """
-    starts = [env.reset(seed=10_000 * (seed + 1) + i)[0] for i, env in enumerate(envs)]
+    starts = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
     obs = torch.tensor(np.array(starts), dtype=torch.float32)
-    returns, discounted, step, running = np.zeros(len(envs)), np.zeros(len(envs)), 0, set(range(len(envs)))
-    while running and not (signals and step):
-        device_obs = obs.to(actor.action_low.device)
-        action = actor.clip(actor(device_obs))
+    returns, discounted, running = np.zeros(len(envs)), np.zeros(len(envs)), set(range(len(envs)))
+    for step in range(max_steps):
+        device_obs = obs.to(agent.obs.device)
+        action = agent.actor.clip(agent.actor(device_obs))
         if step == 0:
-            q_estimates = qf(device_obs, action).cpu().numpy()
+            q_estimates = agent.qf(device_obs, action).cpu().numpy()
         actions = action.cpu().numpy()
         for i in sorted(running):
             next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
             obs[i] = torch.as_tensor(next_obs)
             returns[i] += reward
-            discounted[i] += gamma**step * reward
+            discounted[i] += agent.gamma**step * reward
             if terminated or truncated:
                 running.remove(i)
-        step += 1
-    for env in envs:
-        if isinstance(env, gym.wrappers.RecordVideo):
-            with going_on("the video"):
-                env.stop_recording()  # which writes it
-            env.recorded_frames, env.recording = [], False
+        if not running or stop_signals:
+            break
+    else:
+        warn(f"{len(running)} evaluation episodes did not end within --max-eval-steps {max_steps:,}: cut there")
     return returns, discounted, q_estimates
 
 
-def require(condition, message):
-    """Bad input: one line and exit code 2, before anything is written."""
-    if not condition:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+def main(args: Args):
+    """Train. From a notebook too: main(Args(env_id="Hopper-v5")), main(Args(resume="runs/NAME"))."""
+    if args.evaluate:
+        return evaluate_run(args)
+    args, device, env = set_up(args)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+
+    # Initialise critic Q(s, a) and actor mu(s), copy both to the targets, empty the replay buffer
+    agent = DDPG(args, env.observation_space, env.action_space, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+
+    def learn(update_actor):
+        batch = buffer.sample(args.batch_size)
+        return agent.update(batch, update_actor), batch
+
+    agent.explore, learn = accelerated(agent.explore, args), accelerated(learn, args)
+
+    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # with --resume, it restores them
+        episode_over = True
+        for global_step in run.steps():
+            if episode_over:  # initialise a random process N, receive s_1
+                obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
+                agent.noise.reset()
+
+            # Select action a_t = mu(s_t) + N_t
+            learning = global_step > args.learning_starts
+            action = agent.act(obs) if learning else env.action_space.sample()
+
+            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs, episode_over = next_obs, terminated or truncated
+
+            # Sample a batch; update the critic, the actor and the targets
+            if learning:
+                losses, batch = learn(global_step % args.policy_frequency == 0)
+
+            due = run.record_step(reward, episode_over)
+            if due.losses and learning:  # first: a loss that is not finite ends the run before anything bad is saved
+                run.log_losses(losses | agent.diagnostics(batch))
+            if due.evaluation:
+                run.add_evaluation(*evaluate(agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
+            if due.model:
+                run.save_model(obs_dim=obs_dim, **agent.model_state())
+            if due.checkpoint:
+                run.save_checkpoint()
+        run.finish([evaluate(agent, *starts, args.max_eval_steps)[0] for starts in run.final_starts()])
 
 
-def say(text: str, file=None):
-    with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
-        tqdm.write(text, file=file)
-        (file or sys.stdout).flush()
+# From here on: what surrounds the algorithm, the same in both scripts. Nobody needs it to understand DDPG.
+
+EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
+EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
+LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
+CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
+EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
+stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
-warn = functools.cache(lambda text: say(f"warning: {text}", sys.stderr))  # each text once
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    losses: bool
+    evaluation: bool
+    model: bool
+    checkpoint: bool
 
 
-@contextlib.contextmanager
-def going_on(path):
-    """Training does not need what is written here: where that fails, one line says so."""
+class Run:
+    """A run's folder and everything written there, its progress, its end by a signal, and its resumption.
+
+    `parts` are what a checkpoint holds beside the run's own state: anything with state_dict() and load_state_dict().
+    """
+
+    def __init__(self, args: Args, device: torch.device, env: gym.Env, **parts):
+        default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+        self.dir = Path(args.resume or Path("runs", args.run_name or default_name))
+        self.args, self.device, self.env, self.parts = args, device, env, parts
+        check_checkpoint_holds(parts)
+        checkpoint = self.load_checkpoint()
+        record = self.open_folder(checkpoint)
+        shapes = f"observations {env.observation_space.shape}, actions {env.action_space.shape}"
+        print_line(f"{args.env_id}: {shapes}; results in {self.dir}")
+        print_line(f"{device}, CPU threads: {torch.get_num_threads()}")
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
+            options = dict(id=record["wandb_id"], resume="allow", sync_tensorboard=True, save_code=True)
+            wandb.init(**names, **options, config=asdict(args))
+        self.eval_envs = make_eval_envs(args, self.dir) if args.eval_interval or args.final_eval_episodes else []
+        env.action_space.seed(args.seed)
+        self.eval_rows, self.global_step, self.start_time = [], 0, time.time()
+        if checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
+            self.eval_rows, self.global_step = checkpoint["eval_rows"], checkpoint["global_step"]
+            self.start_time -= checkpoint["seconds"]
+            random_states(env, restore=checkpoint["random_states"])
+            if device.type == "cuda" or not resets_exactly(env):
+                print_line(
+                    "note: resuming is exact on the CPU, in environments whose reset sets their whole state; not here"
+                )
+        self.last_checkpoint = self.global_step
+        self.episode_return, self.episode_length, self.written = 0.0, 0, True
+        self.latest, self.printed_step, self.printed_time = {}, self.global_step, time.time()
+
+    def load_checkpoint(self) -> dict | None:
+        path = self.dir / "checkpoint.pt"
+        if not self.args.resume or not path.exists():
+            return None
+        checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
+        for name, value in differing(checkpoint["args"], self.args).items():
+            exit_unless(False, f"{path} belongs to another run: its {name} is {value}")
+        return checkpoint
+
+    def open_folder(self, checkpoint: dict | None) -> dict:
+        """Make the folder and args.json, whose contents it returns; with --resume, cut off newer log rows."""
+        args_path = self.dir / "args.json"
+        taken = not self.args.resume and (args_path.exists() or any(self.dir.glob(EVENT_FILES)))
+        exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
+        try:
+            record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.device)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "result.json").unlink(missing_ok=True)
+            for log in self.dir.glob(EVENT_FILES):
+                size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
+                log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
+        except OSError as error:
+            exit_unless(False, f"cannot write to {self.dir}: {error}")
+        record["args"] = asdict(self.args) | {"resume": None}
+        if self.args.track:
+            record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not the run's name, which other folders may hold too
+        exit_unless(save(args_path, json.dumps(record, indent=2)), f"cannot write to {self.dir}")
+        return record
+
+    def __enter__(self):
+        stop_signals.clear()
+        self.handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.excepthook = threading.excepthook
+        threading.excepthook = functools.partial(quiet_log_writer, self.excepthook)
+        self.log = Log(str(self.dir))
+        flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+        self.log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+        self.plain = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines for a log instead of the bar
+        total = dict(total=self.args.total_timesteps, initial=self.global_step, unit=" steps")
+        self.bar = tqdm(**total, disable=self.plain, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.bar.close()
+        self.log.close()
+        threading.excepthook = self.excepthook
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, Exception):
+            error.add_note(f"This ended the run at step {self.global_step:,}. {self.how_to_resume()}")
+
+    def how_to_resume(self) -> str:
+        return f"Resume it, from step {self.last_checkpoint:,}, with --resume {self.dir}"
+
+    def steps(self):
+        """The numbers of the steps still to do."""
+        for step in range(self.global_step + 1, self.args.total_timesteps + 1):
+            self.stop_if_asked()
+            self.global_step = step
+            yield step
+            self.bar.update()
+            if self.plain and self.global_step % (self.args.eval_interval or 5_000) == 0:
+                self.print_progress()
+
+    def stop_if_asked(self):
+        if stop_signals:
+            print_line(f"stopped by {signal.Signals(stop_signals[0]).name}. {self.how_to_resume()}", sys.stderr)
+            sys.exit(128 + stop_signals[0])
+
+    def record_step(self, reward, episode_over) -> Due:
+        """Count the step in, log the return of an episode that is over, and say what is due now."""
+        args, step = self.args, self.global_step
+        self.episode_return += float(reward)
+        self.episode_length += 1
+        last_step = step == args.total_timesteps
+        evaluation = args.eval_interval > 0 and (step % args.eval_interval == 0 or last_step)
+        interval = args.checkpoint_interval
+        checkpoint = interval > 0 and step // interval > self.last_checkpoint // interval
+        if checkpoint and self.episode_length > interval and not self.env.spec.max_episode_steps:
+            warn(f"no checkpoint since step {self.last_checkpoint:,}: one is written only when the episode has ended")
+        checkpoint = checkpoint and episode_over
+        if episode_over:
+            scalars = {"charts/episodic_return": self.episode_return, "charts/episodic_length": self.episode_length}
+            self.log.add(scalars, step)
+            self.show("return", self.episode_return)
+            self.episode_return, self.episode_length = 0.0, 0
+        if evaluation and args.capture_video:
+            self.eval_envs[0].name_prefix = f"step-{step}"
+        losses = step % LOG_INTERVAL == 0 or evaluation or checkpoint or last_step
+        return Due(losses, evaluation, args.save_model and (evaluation or last_step), checkpoint)
+
+    def log_losses(self, losses: dict):
+        """Scalars by tag; one that is not finite ends the run."""
+        scalars = {tag: float(value) for tag, value in losses.items()}
+        if not np.isfinite(list(scalars.values())).all():
+            advice = "lower the learning rate, or look for huge rewards and observations"
+            sys.exit(f"error: a loss is not finite at step {self.global_step}: {scalars}; {advice}")
+        self.log.add(scalars | {"charts/SPS": self.global_step / (time.time() - self.start_time)}, self.global_step)
+
+    @property
+    def eval_seed(self) -> int:
+        """Every evaluation of a run meets the same starts, and no other run does."""
+        return 10_000 * (self.args.seed + 1)
+
+    def add_evaluation(self, returns: np.ndarray, discounted: np.ndarray, q_estimates: np.ndarray):
+        self.stop_if_asked()  # which cut the evaluation short
+        finish_films(self.eval_envs)
+        self.eval_rows.append([self.global_step, *statistics(returns).values()])
+        rows = [EVAL_COLUMNS, *self.eval_rows]
+        self.written = save(self.dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+        scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
+        self.log.add(scalars | {"eval/discounted_return": discounted.mean()}, self.global_step)
+        self.show("evaluation", returns.mean())
+
+    def save_model(self, **contents):
+        about = dict(script=SCRIPT, env_id=self.args.env_id, global_step=self.global_step)
+        args = asdict(self.args) | {"resume": None}
+        self.written = save(self.dir / "model.pt", about | contents | {"args": args}) and self.written
+
+    def save_checkpoint(self):
+        """One that fails is due again at the end of the next episode."""
+        if self.global_step == self.args.total_timesteps and not self.written:
+            return  # --resume would take the last results as written
+        checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=asdict(self.args) | {"resume": None})
+        checkpoint |= dict(global_step=self.global_step, seconds=time.time() - self.start_time)
+        checkpoint |= dict(eval_rows=self.eval_rows, random_states=random_states(self.env))
+        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.dir.glob(EVENT_FILES)}
+        checkpoint["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        if save(self.dir / "checkpoint.pt", checkpoint):
+            self.last_checkpoint = self.global_step
+
+    def final_starts(self):
+        """Environments and first seeds for --final-eval-episodes episodes from starts that no evaluation has met."""
+        first = self.args.eval_episodes
+        for i in range(0, self.args.final_eval_episodes, len(self.eval_envs) or 1):
+            self.stop_if_asked()
+            envs = [env.env if isinstance(env, gym.wrappers.RecordVideo) else env for env in self.eval_envs]
+            yield envs[: self.args.final_eval_episodes - i], self.eval_seed + first + i
+
+    def finish(self, final_returns: list[np.ndarray]):
+        """Write result.json, whose presence says that the run is complete."""
+        self.stop_if_asked()
+        for each in [self.env, *self.eval_envs]:
+            each.close()
+        last = [row[1] for row in self.eval_rows][-10:]  # the final return is the mean of the last 10 evaluations
+        seconds = time.time() - self.start_time
+        result = dict(
+            global_step=self.args.total_timesteps,
+            final_return=float(np.mean(last)) if last else None,
+            evaluations=len(self.eval_rows),
+            final_eval=statistics(np.concatenate(final_returns)) if final_returns else None,
+            seconds=seconds,
+            steps_per_second=self.args.total_timesteps / seconds,
+        )
+        if not (self.written and save(self.dir / "result.json", json.dumps(result, indent=2))):
+            sys.exit(f"error: the results could not be written. {self.how_to_resume()}")
+        if not self.args.keep_checkpoint:
+            (self.dir / "checkpoint.pt").unlink(missing_ok=True)
+        score = f"; final return {result['final_return']:.1f}, the mean of {len(last)} evaluations" if last else ""
+        duration = tqdm.format_interval(seconds)
+        print_line(f"complete after {self.args.total_timesteps:,} steps in {duration}{score}")
+
+    def show(self, name: str, value: float):
+        self.latest[name] = f"{value:.1f}"
+        self.bar.set_postfix(self.latest, refresh=False)
+
+    def print_progress(self):
+        speed = (self.global_step - self.printed_step) / (time.time() - self.printed_time)  # the warm-up is faster
+        self.printed_step, self.printed_time = self.global_step, time.time()
+        left = tqdm.format_interval((self.args.total_timesteps - self.global_step) / speed)
+        latest = "".join(f"{name} {value}, " for name, value in self.latest.items())
+        print_line(f"step {self.global_step:,}: {latest}{speed:.0f} steps/s, {left} left")
+
+
+def evaluate_run(args: Args):
+    """--evaluate: the score of a run's model.pt, on the starts of its evaluations, or of another --seed."""
+    args, device, env = set_up(args)
+    model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT, env_id=args.env_id)
+    agent = DDPG(args, env.observation_space, env.action_space, device)
+    agent.load_state_dict({name: state for name, state in model.items() if name in vars(agent)})
+    envs = make_eval_envs(args, Path(args.evaluate))
+    returns, *_ = evaluate(agent, envs, 10_000 * (args.seed + 1), args.max_eval_steps)
+    finish_films(envs)
+    score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+    print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
+
+
+# Flags
+
+
+def parse_int(text: str) -> int:
+    """An integer as people type it: 1000000, 1_000_000 or 1e6, but not 1.5."""
+    if not float(text).is_integer():
+        raise ValueError(f"{text} is not an integer")
+    return int(float(text))
+
+
+def saved_args(args: Args) -> Args:
+    """The flags of the run that --resume or --evaluate names."""
+    exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate exclude each other")
+    run_dir = Path(args.resume or args.evaluate)
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        while error.__context__:  # torch.save's own error hides the disk's
-            error = error.__context__
-        warn(f"cannot write {path}, training goes on: {error}".partition("\n")[0])
+        if args.resume:
+            flags = json.loads((run_dir / "args.json").read_text())["args"]
+        else:
+            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {SCRIPT}.py with a model.pt")
+            flags = load(run_dir / "model.pt", "cpu", script=SCRIPT)["args"]
+        return Args(**flags | dict(resume=args.resume, evaluate=args.evaluate))
+    except (OSError, ValueError, TypeError, KeyError):
+        exit_unless(False, f"{run_dir} holds no run of {SCRIPT}.py")
+
+
+def differing(saved: dict, args: Args) -> dict:
+    """The saved flags, other than those that a resumed run may change, that differ from `args`."""
+    flags = {name: value for name, value in asdict(args).items() if name not in ("resume", "total_timesteps")}
+    return {name: saved.get(name) for name, value in flags.items() if saved.get(name) != value}
+
+
+def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
+    """All the flags, checked; the device; and the environment. Sets every seed."""
+    if args.resume or args.evaluate:
+        saved = saved_args(args)
+        args = replace(saved, **args.given)
+        if args.resume:
+            for name, value in differing(asdict(saved), args).items():
+                exit_unless(False, f"--resume keeps the run's own flags: its {name} is {value}")
+            raised = args.total_timesteps - saved.total_timesteps
+            exit_unless(raised >= 0, "--total-timesteps can only be raised")
+            run_dir = Path(args.resume)
+            complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
+            exit_unless(not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
+    check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
+    warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
+    env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return args, device, env
 
 
 def check_args(args: Args):
-    require(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
-    require(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
-    positive = "total_timesteps buffer_size batch_size policy_frequency eval_episodes learning_rate".split()
-    for name, value in asdict(args).items():
-        if isinstance(value, int | float):
-            fine, limit = (value > 0, "positive") if name in positive else (value >= 0, "at least 0")
-            require(fine and value < np.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
-    require(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
-    require(args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps, to learn")
-    require(args.seed < 2**32, "--seed must be below 2**32")
+    exit_unless(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
+    exit_unless(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
+    positive = "total_timesteps buffer_size batch_size policy_frequency eval_episodes max_eval_steps "
+    positive += "learning_rate actor_lr critic_lr"
+    not_negative = "seed num_threads checkpoint_interval eval_interval final_eval_episodes learning_starts "
+    not_negative += "exploration_noise critic_weight_decay ou_theta ou_sigma ou_dt"
+    for name in f"{positive} {not_negative}".split():
+        if (value := getattr(args, name, None)) is not None:  # each script has only some of these flags
+            fine, limit = (value > 0, "positive") if name in positive.split() else (value >= 0, "at least 0")
+            exit_unless(fine and value < np.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
+    exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
+    below = args.learning_starts < args.total_timesteps
+    exit_unless(below, "--learning-starts must be below --total-timesteps, to learn")
+    exit_unless(args.seed < 2**32, "--seed must be below 2**32")
     if not args.evaluate:
         gpu = args.cuda and torch.cuda.is_available()
-        require(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
-        require(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+        exit_unless(gpu or not (args.cudagraphs or args.compile), "--cudagraphs and --compile need a CUDA device")
+        exit_unless(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
+
+
+# Environments
+
+
+class CopiedArrays(gym.Wrapper):
+    """Environments may change an action that they are given, and hand out the same observation array every time."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return np.array(obs), info
+
+    def step(self, action):
+        obs, *rest = self.env.step(np.array(action))
+        return np.array(obs), *rest
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
-    env_id, options = args.env_id, dict(render_mode="rgb_array") if render else {}
+    env_id, pixels = args.env_id, getattr(args, "pixels", False)
+    options = dict(render_mode="rgb_array") if render or pixels else {}
     try:
         import mujoco  # fails where MUJOCO_GL names a GL that is not there
 
         mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text.partition(' Time')[0]}"))
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-        env = gym.make(env_id, **options)  # names the near matches of an unknown id
+        env = CopiedArrays(wrapped(gym.make(env_id, **options), args))  # make names the near matches of an unknown id
         if options:
             env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
             env.render()
     except Exception as error:  # a missing GL, for one, shows in many ways
         remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri" if options else ""
-        require(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
+        exit_unless(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
-    require(isinstance(action, gym.spaces.Box), f"DDPG needs a continuous action space (Box): {env_id} has {action}")
-    require(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
-    require(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
-    require(len(obs.shape) < 3, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    require(len(obs.shape) == len(action.shape) == 1, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    continuous = isinstance(action, gym.spaces.Box)
+    exit_unless(continuous, f"DDPG needs a continuous action space (Box): {env_id} has {action}")
+    exit_unless(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
+    exit_unless(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
+    images, flat = len(obs.shape) == 3, len(obs.shape) == 1
+    exit_unless(pixels or not images, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
+    fine = (pixels or flat) and len(action.shape) == 1
+    exit_unless(fine, f"{env_id} needs flat spaces, but has {obs} and {action}")
     return env
 
 
-def float32_bounds(space: gym.spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+def float32_bounds(space: gym.spaces.Box) -> tuple[torch.Tensor, torch.Tensor]:
     """The bounds (action_dim,), rounded inwards: to the nearest float32, 0.4 would be 0.40000001."""
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     inner_low, inner_high = np.nextafter(low, high), np.nextafter(high, low)
-    return np.where(low < space.low, inner_low, low), np.where(high > space.high, inner_high, high)
+    low, high = np.where(low < space.low, inner_low, low), np.where(high > space.high, inner_high, high)
+    return torch.from_numpy(low), torch.from_numpy(high)
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
@@ -391,10 +803,61 @@ def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
     return envs
 
 
+def finish_films(envs: list[gym.Env]):
+    """Write what has been filmed."""
+    for env in envs:
+        if isinstance(env, gym.wrappers.RecordVideo):
+            with warn_if_unwritable("the video"):
+                env.stop_recording()  # which writes it
+            env.recorded_frames, env.recording = [], False
+
+
+def resets_exactly(env: gym.Env) -> bool:
+    """Whether an episode depends on nothing but the environment's random generator."""
+    stateless = gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, CopiedArrays
+    while isinstance(env, stateless) or type(env).__module__ == __name__:
+        env = env.env
+    return type(env).__module__.startswith(EXACT_ENVS)
+
+
+# Files
+
+
+def exit_unless(condition, message: str):
+    """Bad input: one line and exit code 2, before anything is written."""
+    if not condition:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def print_line(text: str, file=None):
+    """A line that leaves the progress bar whole."""
+    with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
+        tqdm.write(text, file=file)
+        (file or sys.stdout).flush()
+
+
+warn = functools.cache(lambda text: print_line(f"warning: {text}", sys.stderr))  # each text once
+
+
+@contextlib.contextmanager
+def warn_if_unwritable(path):
+    """Training does not need what is written here: where that fails, a warning says so."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause.__context__:  # torch.save's own RuntimeError hides the disk's OSError
+            cause = cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        warn(f"cannot write {path}, training goes on: {cause}".partition("\n")[0])
+
+
 def save(path: Path, contents) -> bool:
     """Write text, or with torch.save anything else; at every instant the old or the new file lies there whole."""
     temporary = Path(f"{path}.tmp")
-    with going_on(path):
+    with warn_if_unwritable(path):
         with open(temporary, "wb") as file:
             file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
             file.flush()
@@ -410,21 +873,21 @@ def load(path: Path, device, **expected) -> dict:
     """What torch.save wrote, if every byte is intact and it holds the expected items; else one line, exit code 2."""
     try:
         with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, f"{path} is corrupt")
+            exit_unless(archive.testzip() is None, f"{path} is corrupt")
         contents = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise many kinds on a broken file
-        require(False, f"cannot read {path}: {error}".splitlines()[0])
+        exit_unless(False, f"cannot read {path}: {error}".splitlines()[0])
     for key, value in expected.items():
         found = contents.get(key) if isinstance(contents, dict) else None
-        require(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
+        exit_unless(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
     return contents
 
 
 class Log(SummaryWriter):
-    """TensorBoard's log; where it can't be written it says so, and training goes on."""
+    """TensorBoard's log; where it can't be written a warning says so, and training goes on."""
 
     def add(self, scalars: dict, global_step: int):
-        with going_on("TensorBoard's log"):
+        with warn_if_unwritable("TensorBoard's log"):
             for tag, value in scalars.items():
                 self.add_scalar(tag, value, global_step)
             self.flush()
@@ -432,6 +895,24 @@ class Log(SummaryWriter):
     def close(self):
         with contextlib.suppress(OSError):  # it has been said
             super().close()
+
+
+def quiet_log_writer(usual_hook, error):
+    """The log's writer thread need not report a full disk: its error comes back in the next call."""
+    if not (isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard")):
+        usual_hook(error)
+
+
+def note_signal(number, frame):
+    """Only notes it: an exception at just any place, in the log's queue say, could hang."""
+    signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the run at once
+    stop_signals.append(number)
+
+
+def statistics(returns: np.ndarray) -> dict:
+    """What eval.csv and result.json hold of some episodes, as plain numbers."""
+    values = dict(mean=returns.mean(), std=returns.std(), min=returns.min(), max=returns.max())
+    return {name: float(value) for name, value in values.items()} | {"episodes": len(returns)}
 
 
 def provenance(device) -> dict:
@@ -445,45 +926,79 @@ def provenance(device) -> dict:
     return {"commit": commit, "versions": versions, "hardware": hardware}
 
 
-def saved_run(run_dir: Path) -> tuple[Args, dict | None]:
-    """The flags of the run in this folder, under those of the command line, and with --resume its checkpoint."""
-    try:
-        saved = Args(**json.loads((run_dir / "args.json").read_text())["args"])
-    except (OSError, ValueError, TypeError, KeyError):
-        require(False, f"{run_dir} holds no run of {SCRIPT}.py")
-    args, path, checkpoint = tyro.cli(Args, default=saved), run_dir / "checkpoint.pt", None
-    if args.resume:
-        flags = {name: value for name, value in asdict(saved).items() if name not in ("resume", "total_timesteps")}
-        for name, value in flags.items():
-            require(getattr(args, name) == value, f"--resume keeps the run's own flags: its {name} is {value}")
-        require(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
-        if path.exists():
-            checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT, **flags)
-        extended = checkpoint and args.total_timesteps > saved.total_timesteps
-        complete = (run_dir / "result.json").exists() and not extended
-        require(not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
-    return args, checkpoint
+# State
 
 
-def open_run(args: Args, run_dir: Path, device, checkpoint: dict | None):
-    """Make the run's folder; with --resume, cut off the log rows after the checkpoint."""
-    args_path = run_dir / "args.json"
-    taken = not args.resume and (args_path.exists() or any(run_dir.glob(EVENT_FILES)))
-    require(not taken, f"{run_dir} holds a run: --resume it, or choose another --run-name")
-    try:
-        record = json.loads(args_path.read_text()) if args.resume else provenance(device)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "result.json").unlink(missing_ok=True)
-        for log in run_dir.glob(EVENT_FILES):
-            size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
-            log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
-    except OSError as error:
-        require(False, f"cannot write to {run_dir}: {error}")
-    args.resume = None
-    require(save(args_path, json.dumps(record | {"args": asdict(args)}, indent=2)), f"cannot write to {run_dir}")
+def copy_async(array: np.ndarray, destination: torch.Tensor):
+    """Copy to the device without waiting for it: from memory that is pinned, where that is a GPU."""
+    source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
+    destination.copy_(source, non_blocking=True)
 
 
-def random_states(env, restore: list | None = None) -> list:
+def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Tensor:
+    """Memory for the replay buffer, uninitialised, if there is enough; else one line and exit code 2."""
+    needed = math.prod(shape) * dtype.itemsize / 2**30
+    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
+    advice = f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size"
+    exit_unless(needed < free, advice)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+CONSTANT = Args, gym.Space, torch.device, torch.dtype, np.dtype, type, FunctionType, MethodType  # training leaves as is
+
+
+def state_of(part):
+    """What a checkpoint keeps of an attribute: its state_dict(), a plain value, or of another object all it has."""
+    if hasattr(part, "state_dict"):
+        return part.state_dict()
+    if part is None or isinstance(part, torch.Tensor | bool | int | float | str):
+        return part
+    if isinstance(part, np.ndarray | np.number):
+        return torch.from_numpy(np.array(part))
+    if isinstance(part, dict):
+        return {key: state_of(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [state_of(value) for value in part]
+    if isinstance(part, CONSTANT):
+        return None
+    if not hasattr(part, "__dict__"):
+        raise TypeError(f"no checkpoint can hold {part!r}: wrap it in a class with state_dict() and load_state_dict()")
+    return {name: state_of(value) for name, value in vars(part).items()}
+
+
+def restored(part, state):
+    """The attribute with that state; tensors change in place, since a CUDA graph reads them where they are."""
+    if isinstance(part, CONSTANT):
+        return part
+    if hasattr(part, "load_state_dict"):
+        part.load_state_dict(copy.deepcopy(state))  # a copy: the state is mapped from the checkpoint's file
+    elif isinstance(part, torch.Tensor):
+        part.data.copy_(state)
+    elif isinstance(part, np.ndarray):
+        part[...] = state.numpy()
+    elif isinstance(part, np.number):
+        return type(part)(state.item())
+    elif isinstance(part, dict):
+        part.update({key: restored(part.get(key), value) for key, value in state.items()})
+    elif isinstance(part, list | tuple) and len(part) == len(state):
+        return type(part)([restored(old, new) for old, new in zip(part, state, strict=True)])
+    elif hasattr(part, "__dict__"):
+        for name, value in state.items():
+            setattr(part, name, restored(getattr(part, name, None), value))
+    else:
+        return copy.deepcopy(state)
+    return part
+
+
+def check_checkpoint_holds(parts: dict):
+    """What no checkpoint can hold must fail before training, not hours later."""
+    file = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
+def random_states(env: gym.Env, restore: list | None = None) -> list:
     """Sets every random generator to the state in `restore`, if given; returns their states, as plain values."""
     rngs = [np.random.get_bit_generator(), *(x.np_random.bit_generator for x in (env.unwrapped, env.action_space))]
     if restore:
@@ -496,6 +1011,21 @@ def random_states(env, restore: list | None = None) -> list:
     states = [json.dumps(generator.state, default=np.ndarray.tolist) for generator in rngs]
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), cuda, random.getstate(), states]
+
+
+# GPU
+
+
+def accelerated(function, args: Args):
+    """`function` as --compile and --cudagraphs ask for."""
+    if args.compile:
+        function = torch.compile(function)
+    if args.cudagraphs:
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
+        function = cuda_graphed(function)
+    return function
 
 
 def cuda_graphed(function, warmup=3):
@@ -516,200 +1046,8 @@ def cuda_graphed(function, warmup=3):
     return call
 
 
-def main(args: Args):
-    checkpoint = None
-    if args.resume or args.evaluate:
-        args, checkpoint = saved_run(Path(args.resume or args.evaluate))
-    check_args(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
-    warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
-    env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-
-    # Initialise critic Q(s, a) and actor mu(s), copy both to targets, empty the replay buffer
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    low, high = (torch.from_numpy(bound) for bound in float32_bounds(env.action_space))
-    actor = Actor(obs_dim, low, high).to(device)
-    qf = QNetwork(obs_dim, action_dim).to(device)
-    if args.evaluate:
-        model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT, env_id=args.env_id)
-        actor.load_state_dict(model["actor"])
-        qf.load_state_dict(model["qf"])
-        returns, *_ = evaluate(actor, qf, make_eval_envs(args, Path(args.evaluate)), args.seed, args.gamma)
-        score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
-        return print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
-    target_actor = copy.deepcopy(actor).requires_grad_(False)
-    target_qf = copy.deepcopy(qf).requires_grad_(False)
-    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
-    actor_optimizer, qf_optimizer = adam(actor.parameters()), adam(qf.parameters())
-    needed = 4 * args.buffer_size * (2 * obs_dim + action_dim + 2) / 2**30
-    free = (torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available) / 2**30
-    require(needed < free, f"the replay buffer needs {needed:.2f} GiB, {free:.2f} GiB are free: lower --buffer-size")
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    noise = GaussianNoise(args.exploration_noise * actor.action_scale)
-    parts = dict(actor=actor, qf=qf, target_actor=target_actor, target_qf=target_qf, buffer=buffer)
-    parts |= dict(actor_optimizer=actor_optimizer, qf_optimizer=qf_optimizer)
-
-    device_obs = torch.empty(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
-
-    def act():
-        return explore(actor, device_obs, noise)
-
-    def learn(update_actor):
-        batch = buffer.sample(args.batch_size)
-        networks, optimizers = (actor, qf, target_actor, target_qf), (actor_optimizer, qf_optimizer)
-        return update(*networks, *optimizers, batch, args.gamma, args.tau, update_actor), batch
-
-    if args.compile:
-        act, learn = torch.compile(act), torch.compile(learn)
-    if args.cudagraphs:
-        torch.cuda.synchronize()
-        torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
-        act, learn = cuda_graphed(act), cuda_graphed(learn)
-
-    default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    run_dir = Path(args.resume or Path("runs", args.run_name or default_name))
-    open_run(args, run_dir, device, checkpoint)
-    say(f"{args.env_id}: {obs_dim} observations, {action_dim} actions; results in {run_dir}")
-    say(f"{device}, {torch.get_num_threads()} CPU threads; replay buffer {needed:.2f} GiB when full")
-    if args.track:
-        import wandb
-
-        run_id = run_dir.name.replace(":", "-")  # which W&B refuses
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, id=run_id)
-        wandb.init(**names, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
-
-    eval_envs = make_eval_envs(args, run_dir) if args.eval_interval else []
-    eval_rows, last_checkpoint, start_time = [EVAL_COLUMNS], 0, time.time()
-    env.action_space.seed(args.seed)
-    obs, _ = env.reset(seed=args.seed)
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name] if part is buffer else copy.deepcopy(checkpoint[name]))  # not mapped
-        eval_rows, last_checkpoint = checkpoint["eval_rows"], checkpoint["global_step"]
-        start_time -= checkpoint["seconds"]
-        random_states(env, restore=checkpoint["random_states"])
-        obs, _ = env.reset()
-        if device.type == "cuda" or not str(env.spec.entry_point).startswith(EXACT_ENVS):
-            say("note: resuming is exact on the CPU, with environments whose reset sets their whole state; not here")
-
-    def on_signal(number, frame):  # only notes it: an exception just anywhere, in the log's queue say, could hang
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it at once
-        signals.append(number)
-
-    def stop_if_asked():
-        if signals:
-            say(f"stopped by {signal.Signals(signals[0]).name}; to go on: --resume {run_dir}", sys.stderr)
-            sys.exit(128 + signals.pop())
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    threading.excepthook = lambda _: None  # an error of the log's writer thread comes back in the next call
-    episode_return, episode_length, shown, written = 0.0, 0, {}, True
-    said_step, said_time = last_checkpoint, time.time()
-    plain = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines for a log instead of the bar
-    bar = tqdm(total=args.total_timesteps, initial=last_checkpoint, unit=" steps", disable=plain, dynamic_ncols=True)
-    with Log(str(run_dir)) as log, bar:
-        flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-        for global_step in range(last_checkpoint + 1, args.total_timesteps + 1):
-            stop_if_asked()
-            # Select action a_t = mu(s_t) + N_t
-            if global_step <= args.learning_starts:
-                action = env.action_space.sample()
-            else:
-                copy_async(obs, device_obs[0])
-                greedy, action = act().cpu().numpy()  # the only wait for the device in a step
-
-            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            buffer.add(obs, action, reward, next_obs, terminated)
-            obs = next_obs
-            episode_return += float(reward)
-            episode_length += 1
-
-            # Sample a batch; update the critic, the actor and the targets
-            learning = global_step > args.learning_starts
-            if learning:
-                losses, batch = learn(global_step % args.policy_frequency == 0)
-
-            last_step, episode_over = global_step == args.total_timesteps, terminated or truncated
-            evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
-            every = args.checkpoint_interval
-            saving = every and episode_over and global_step // every > last_checkpoint // every
-
-            if learning and (global_step % LOG_INTERVAL == 0 or evaluating or saving or last_step):
-                scalars = {tag: loss.item() for tag, loss in losses.items()}
-                unscaled = (actor(batch.obs) - actor.action_bias) / actor.action_scale
-                scalars["charts/saturated_actions"] = (unscaled.abs() > 0.99).float().mean().item()
-                scalars["charts/exploration_difference"] = float(np.abs(action - greedy).mean())
-                for name, network in ("actor", actor), ("qf1", qf):
-                    grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-                    scalars[f"losses/{name}_grad_norm"] = nn.utils.get_total_norm(grads).item()
-                if not np.isfinite(list(scalars.values())).all():  # seen before anything is saved
-                    advice = "lower the learning rate, or look for huge rewards and observations"
-                    sys.exit(f"error: a loss is not finite at step {global_step}: {scalars}; {advice}")
-                log.add(scalars | {"charts/SPS": global_step / (time.time() - start_time)}, global_step)
-
-            if evaluating:
-                if args.capture_video:
-                    eval_envs[0].name_prefix = f"step-{global_step}"
-                returns, discounted, q_estimates = evaluate(actor, qf, eval_envs, args.seed, args.gamma)
-                stop_if_asked()
-                statistics = returns.mean(), returns.std(), returns.min(), returns.max()
-                eval_rows.append([global_step, *map(float, statistics), len(returns)])
-                written = save(run_dir / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in eval_rows))
-                scalars = {"eval/episodic_return": returns.mean(), "eval/q_estimate": q_estimates.mean()}
-                log.add(scalars | {"eval/discounted_return": discounted.mean()}, global_step)
-                shown["evaluation"] = f"{returns.mean():.1f}"
-            if args.save_model and (evaluating or last_step):
-                model = dict(script=SCRIPT, env_id=args.env_id, obs_dim=obs_dim, global_step=global_step)
-                model |= dict(actor=actor.state_dict(), qf=qf.state_dict())
-                written = save(run_dir / "model.pt", model) and written
-
-            if episode_over:
-                scalars = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
-                log.add(scalars, global_step)
-                shown["return"] = f"{episode_return:.1f}"
-                episode_return, episode_length = 0.0, 0
-                if saving and (written or not last_step):  # --resume would take its step's results as written
-                    last_checkpoint, seconds = global_step, time.time() - start_time
-                    log_sizes = {path.name: path.stat().st_size for path in run_dir.glob(EVENT_FILES)}
-                    checkpoint = asdict(args) | dict(script=SCRIPT, format=CHECKPOINT_FORMAT, seconds=seconds)
-                    checkpoint |= dict(global_step=global_step, eval_rows=eval_rows, log_sizes=log_sizes)
-                    checkpoint |= dict(random_states=random_states(env))
-                    checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-                    save(run_dir / "checkpoint.pt", checkpoint)
-                obs, _ = env.reset()
-
-            if evaluating or episode_over:
-                bar.set_postfix(shown, refresh=False)
-            bar.update()
-            if plain and global_step % (args.eval_interval or 5_000) == 0:
-                speed = (global_step - said_step) / (time.time() - said_time)  # the warm-up is faster than what follows
-                said_step, said_time = global_step, time.time()
-                left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-                known = "".join(f"{name} {value}, " for name, value in shown.items())
-                say(f"step {global_step:,}: {known}{speed:.0f} steps/s, {left} left")
-
-    for each in [env, *eval_envs]:
-        each.close()
-    final = [row[1] for row in eval_rows[1:]][-10:]  # the final return is the mean of the last 10 evaluations
-    result = dict(global_step=args.total_timesteps, final_return=float(np.mean(final)) if final else None)
-    result |= dict(evaluations=len(eval_rows) - 1, seconds=time.time() - start_time)
-    result["steps_per_second"] = args.total_timesteps / result["seconds"]
-    if not (written and save(run_dir / "result.json", json.dumps(result, indent=2))):
-        sys.exit(f"error: the results could not be written; to go on: --resume {run_dir}")
-    if not args.keep_checkpoint:
-        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    known = f"; final return {result['final_return']:.1f}, the mean of {len(final)} evaluations" if final else ""
-    say(f"complete after {args.total_timesteps:,} steps in {tqdm.format_interval(result['seconds'])}{known}")
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    args = tyro.cli(Args)
+    if args.resume or args.evaluate:  # the run's own flags, under those of the command line
+        args = tyro.cli(Args, default=saved_args(args))
+    main(args)
