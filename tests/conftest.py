@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: there is a worker a core already
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,7 @@ TINY = dict(  # a whole run, past warm-up, evaluation, logging and saving, in a 
     buffer_size=100,
     eval_interval=60,
     eval_episodes=2,
+    final_eval_episodes=2,
     num_threads=1,
     exp_name="test",
 )
@@ -145,19 +147,17 @@ def weights(network) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def networks(script, obs_dim=3, low=(-1.0,), high=(1.0,), **options):
-    """Actor and critic of either script; the paper's without batch normalisation unless asked for."""
-    low, high = torch.tensor(low), torch.tensor(high)
-    if script is tuned:
-        return tuned.Actor(obs_dim, low, high), tuned.QNetwork(obs_dim, len(low))
-    options = {"batch_norm": False} | options
-    return paper.Actor((obs_dim,), low, high, **options), paper.QNetwork((obs_dim,), len(low), **options)
+def agent(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
+    """The script's own agent in such spaces; the paper's without batch normalisation unless asked for."""
+    flags = ({"batch_norm": False} if script is paper else {}) | flags
+    spaces = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(np.float32(low), np.float32(high))
+    return script.DDPG(script.Args(**flags), *spaces, CPU)
 
 
-def noise(script, scale, std=0.1):
-    """Exploration noise whose next sample is normal with standard deviation std x scale."""
-    scale = torch.tensor(scale)
-    return tuned.GaussianNoise(std * scale) if script is tuned else paper.OrnsteinUhlenbeckNoise(scale, 0.15, std, 1.0)
+def networks(script, *args, **kwargs):
+    """Actor and critic of such an agent."""
+    made = agent(script, *args, **kwargs)
+    return made.actor, made.qf
 
 
 def random_batch(script, obs_dim=3, action_dim=1, n=32):

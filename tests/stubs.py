@@ -46,7 +46,7 @@ class Scripted(gym.Env):
         self.render_mode, self.size = render_mode, size
         self.observation_space = Box(0, np.inf, (2,), np.float32)
         self.action_space = Box(LOW, HIGH)
-        self.episode, self.actions = -1, []
+        self.episode, self.actions, self.seeds = -1, [], []
         self.made.append(self)
 
     def observe(self):
@@ -54,6 +54,7 @@ class Scripted(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.seeds.append(seed)
         self.episode, self.t = self.episode + 1, 0
         return self.observe(), {}
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import stubs
 import torch
 import torch.nn as nn
-from conftest import CPU, TINY, model, networks, noise, numpy, paper, random_batch, tuned, weights
+from conftest import CPU, TINY, agent, model, networks, numpy, paper, random_batch, tuned, weights
 from stable_baselines3 import DDPG
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -65,28 +66,40 @@ def test_actions_reach_their_own_bounds_and_no_further(script, low, high):
 
 
 @pytest.mark.parametrize("low, high", BOUNDS)
-def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script, low, high):
+@pytest.mark.parametrize("std", [0.1, 5.0])
+def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script, low, high, std):
     """Each dimension a thousand times over: one call is a thousand samples."""
     half_range, middle = np.subtract(high, low) / 2, np.add(high, low) / 2
-    actor, _ = networks(script, low=low * 1000, high=high * 1000)
-    nn.init.zeros_(actor.fc_mu.weight), nn.init.zeros_(actor.fc_mu.bias)
-    for std in 0.1, 5.0:
-        process = noise(script, tuple(half_range.tolist()) * 1000, std)
-        greedy, explored = script.explore(actor, torch.zeros(1, 3), process).numpy().reshape(2, 1000, -1)
-        np.testing.assert_allclose(greedy, [middle] * 1000, atol=1e-6)
-        assert (explored >= np.float32(low)).all() and (explored <= np.float32(high)).all()
-        if std == 0.1:
-            np.testing.assert_allclose(explored.std(0) / half_range, std, rtol=0.1)
-            np.testing.assert_allclose(explored.mean(0), middle, atol=0.02 * half_range.max())
-        else:  # clipped, not squashed or drawn anew
-            assert np.isin(explored, np.float32([low, high])).mean() > 0.7
+    flag = "exploration_noise" if script is tuned else "ou_sigma"
+    explorer = agent(script, low=low * 1000, high=high * 1000, **{flag: std})
+    nn.init.zeros_(explorer.actor.fc_mu.weight), nn.init.zeros_(explorer.actor.fc_mu.bias)
+    greedy, explored = explorer.explore().numpy().reshape(2, 1000, -1)
+    np.testing.assert_allclose(greedy, [middle] * 1000, atol=1e-6)
+    assert (explored >= np.float32(low)).all() and (explored <= np.float32(high)).all()
+    if std == 0.1:
+        np.testing.assert_allclose(explored.std(0) / half_range, std, rtol=0.1)
+        np.testing.assert_allclose(explored.mean(0), middle, atol=0.02 * half_range.max())
+    else:  # clipped, not squashed or drawn anew
+        assert np.isin(explored, np.float32([low, high])).mean() > 0.7
+
+
+def test_act_gives_the_explored_action_of_the_observation_it_was_given(script):
+    """And keeps it and the greedy one, whose mean distance is what is logged."""
+    actor_and_noise, obs = agent(script, low=(-0.4, -3.0), high=(0.4, 1.0)), np.float64([0.3, -2.0, 5.0])
+    actor_and_noise.noise.sample = lambda: torch.tensor([0.1, -0.2])
+    action = actor_and_noise.act(obs)
+    greedy = numpy(actor_and_noise.actor(torch.tensor(obs[None], dtype=torch.float32)))[0]
+    np.testing.assert_allclose(action, greedy + [0.1, -0.2], atol=1e-6)
+    np.testing.assert_allclose(actor_and_noise.actions, [greedy, action], atol=1e-6)
+    scalars = actor_and_noise.diagnostics(random_batch(script, action_dim=2))
+    assert scalars["charts/exploration_difference"] == pytest.approx(0.15, abs=1e-6)
 
 
 @pytest.mark.parametrize("low, high", [(-0.4, 0.4), (0.3, 0.7), (-0.1, 1e6 + 0.1)])
 def test_bounds_that_no_float32_equals_are_kept(script, low, high):
     space = gym.spaces.Box(low, high, (1,), np.float64)
     inner_low, inner_high = script.float32_bounds(space)
-    assert inner_low.dtype == inner_high.dtype == np.float32
+    assert inner_low.dtype == inner_high.dtype == torch.float32
     assert low <= inner_low < low + 1e-7 and high - 0.1 < inner_high <= high
     actor, _ = networks(script, low=inner_low.tolist(), high=inner_high.tolist())
     for action in actor.clip(torch.tensor([[-1e9], [1e9]])).numpy():
@@ -193,75 +206,88 @@ def test_critic_loss_by_hand(script):
         next_obs=torch.tensor([[1.0], [0.1], [2.0]]),
         terminated=torch.tensor([0.0, 0.0, 1.0]),
     )
-    loss, q = script.critic_loss(
-        qf=lambda obs, action: (3 * obs + action).squeeze(1),
-        target_actor=lambda obs: 2 * obs,
-        target_qf=lambda obs, action: (obs + 10 * action).squeeze(1),
-        batch=batch,
-        gamma=0.5,
-    )
+    simple = agent(script, gamma=0.5, low=(-9,), high=(9,))
+    del simple.qf, simple.target_actor, simple.target_qf
+    simple.qf = lambda obs, action: (3 * obs + action).squeeze(1)
+    simple.target_actor = lambda obs: 2 * obs
+    simple.target_qf = lambda obs, action: (obs + 10 * action).squeeze(1)
+    loss, q = simple.critic_loss(batch)
     # Q' = 21, 2.1, 42; y = 1 + 10.5, 2 + 1.05, 3 (terminated); Q = 3.5, 6, 8; y - Q = 8, -2.95, -5
     assert q.tolist() == [3.5, 6.0, 8.0]
     assert loss.item() == pytest.approx((8**2 + 2.95**2 + 5**2) / 3, rel=1e-6)
 
 
+def drifted(script, **flags):
+    """An agent whose targets are no longer copies."""
+    one, other = agent(script, **flags), agent(script, **flags)
+    one.target_actor, one.target_qf = other.target_actor, other.target_qf
+    return one
+
+
+def all_weights(agent) -> list[torch.Tensor]:
+    return [weights(network) for network in (agent.actor, agent.qf, agent.target_actor, agent.target_qf)]
+
+
 def test_critic_loss_gives_the_targets_no_gradient(script):
-    _, qf = networks(script)
-    target_actor, target_qf = networks(script)
-    loss, _ = script.critic_loss(qf, target_actor, target_qf, random_batch(script), 0.99)
-    loss.backward()
-    assert all(p.grad is None for network in (target_actor, target_qf) for p in network.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in qf.parameters())
+    learner = drifted(script)
+    targets = [*learner.target_actor.parameters(), *learner.target_qf.parameters()]
+    for parameter in targets:
+        parameter.requires_grad_(True)
+    learner.critic_loss(random_batch(script))[0].backward()
+    assert all(p.grad is None for p in targets)
+    assert all(p.grad.abs().sum() > 0 for p in learner.qf.parameters())
 
 
 def test_actor_loss_by_hand(script):
-    loss = script.actor_loss(
-        actor=lambda obs: 2 * obs,
-        qf=lambda obs, action: (obs + 10 * action).squeeze(1),
-        obs=torch.tensor([[1.0], [3.0]]),
-    )
-    assert loss.item() == -(21 + 63) / 2
-
-
-def agent(script, **options):
-    """Both networks, their targets (which have already drifted off), and their optimisers."""
-    actor, qf = networks(script, **options)
-    target_actor, target_qf = networks(script, **options)
-    optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
-    return [actor, qf, target_actor, target_qf, *optimizers]
+    simple = agent(script)
+    del simple.actor, simple.qf
+    simple.actor, simple.qf = lambda obs: 2 * obs, lambda obs, action: (obs + 10 * action).squeeze(1)
+    assert simple.actor_loss(torch.tensor([[1.0], [3.0]])).item() == -(21 + 63) / 2
 
 
 def test_the_actors_update_leaves_the_critic_untouched(script):
     """The critic moves and has gradients exactly as when the actor is not updated."""
-    with_actor, batch = agent(script), random_batch(script)
-    without_actor = copy.deepcopy(with_actor)
-    script.update(*with_actor, batch, 0.99, 0.01, True)
-    script.update(*without_actor, batch, 0.99, 0.01, False)
-    for one, other in zip(with_actor[1].parameters(), without_actor[1].parameters(), strict=True):
+    with_actor, batch = drifted(script), random_batch(script)
+    without_actor, before = copy.deepcopy(with_actor), weights(with_actor.actor)
+    with_actor.update(batch, True)
+    without_actor.update(batch, False)
+    for one, other in zip(with_actor.qf.parameters(), without_actor.qf.parameters(), strict=True):
         assert torch.equal(one, other) and torch.equal(one.grad, other.grad)
-    assert not torch.equal(weights(with_actor[0]), weights(without_actor[0]))
+    assert torch.equal(weights(without_actor.actor), before) and not torch.equal(weights(with_actor.actor), before)
 
 
 def test_update_moves_the_targets_by_tau_and_only_with_the_actor(script):
-    networks_and_optimizers = agent(script)
-    before = [weights(network) for network in networks_and_optimizers[:4]]
-    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, False)
-    after = [weights(network) for network in networks_and_optimizers[:4]]
+    learner = drifted(script, tau=0.25)
+    before = all_weights(learner)
+    losses = learner.update(random_batch(script), False)
+    after = all_weights(learner)
     assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
     assert set(losses) == {"losses/qf1_loss", "losses/qf1_values"}
 
-    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, True)
-    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    losses = learner.update(random_batch(script))
+    actor, qf, target_actor, target_qf = all_weights(learner)
     torch.testing.assert_close(target_actor, 0.75 * before[2] + 0.25 * actor)  # the already updated actor
     torch.testing.assert_close(target_qf, 0.75 * before[3] + 0.25 * qf)
     assert set(losses) == {"losses/qf1_loss", "losses/qf1_values", "losses/actor_loss"}
 
 
 def test_tau_1_makes_the_targets_copies(script):
-    networks_and_optimizers = agent(script)
-    script.update(*networks_and_optimizers, random_batch(script), 0.99, 1.0)
-    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    learner = drifted(script, tau=1.0)
+    learner.update(random_batch(script))
+    actor, qf, target_actor, target_qf = all_weights(learner)
     assert torch.equal(actor, target_actor) and torch.equal(qf, target_qf)
+
+
+def test_a_second_parameter_group_learns_too(script):
+    """As when a copy of the script gives the output layer a learning rate of its own."""
+    qf = agent(script).qf
+    groups = [dict(params=[*qf.fc1.parameters(), *qf.fc2.parameters()]), dict(params=qf.fc3.parameters(), lr=0.1)]
+    before = [parameter.detach().clone() for parameter in qf.parameters()]
+    script.descend(torch.optim.SGD(groups, lr=0.01), qf(torch.randn(8, 3), torch.randn(8, 1)).mean())
+    for old, (name, parameter) in zip(before, qf.named_parameters(), strict=True):
+        step = (0.1 if "fc3" in name else 0.01) * parameter.grad
+        assert step.any()
+        torch.testing.assert_close(parameter, old - step)
 
 
 # One whole update against stable-baselines3
@@ -288,33 +314,40 @@ class Critic(nn.Module):
         return self(obs, action)[0]
 
 
-@pytest.mark.parametrize("case", ["tuned", "paper", "paper with batch normalisation"])
-def test_ten_updates_equal_stable_baselines3(case, monkeypatch):
-    script, batch_norm = tuned if case == "tuned" else paper, "batch norm" in case
-    options = {} if script is tuned else {"batch_norm": batch_norm}
-    shapes = dict(obs_dim=OBS_DIM, low=(-1.0,) * ACTION_DIM, high=(1.0,) * ACTION_DIM)
-    ours = [*networks(script, **shapes, **options), *networks(script, **shapes, **options)]
-    for network in ours[2:]:
-        network.requires_grad_(False)
-    optimizers = [
-        torch.optim.Adam(ours[0].parameters(), LR[0], fused=True),
-        torch.optim.Adam(ours[1].parameters(), LR[1], fused=True, weight_decay=L2),
-    ]
+SB3_CASES = {
+    "tuned": (tuned, dict(learning_rate=LR[0])),
+    "paper": (paper, dict(actor_lr=LR[0], critic_lr=LR[1], critic_weight_decay=L2)),
+    "paper with batch normalisation": (paper, dict(actor_lr=LR[0], critic_lr=LR[1], critic_weight_decay=L2)),
+}
+
+
+@pytest.mark.parametrize("bounds", [((-1.0, -1.0), (1.0, 1.0)), ((-0.4, -3.0), (0.4, 1.0))], ids=["one", "unequal"])
+@pytest.mark.parametrize("case", SB3_CASES)
+def test_ten_updates_equal_stable_baselines3(case, bounds, monkeypatch):
+    """It knows actions in [-1, 1] only, and so do its networks; ours know the environment's own."""
+    script, flags = SB3_CASES[case]
+    flags = flags | ({} if script is tuned else {"batch_norm": "batch norm" in case})
+    ours = agent(script, OBS_DIM, *bounds, gamma=GAMMA, tau=TAU, **flags)
+    middle, half_range = torch.tensor(bounds).mean(0), (torch.tensor(bounds[1]) - torch.tensor(bounds[0])) / 2
+    networks = [ours.actor, ours.qf, ours.target_actor, ours.target_qf]
+    for network in networks[2:]:  # drifted
+        for parameter in network.parameters():
+            parameter.mul_(0.9)
 
     peer = DDPG("MlpPolicy", Space(), gamma=GAMMA, tau=TAU, buffer_size=1, policy_kwargs=dict(net_arch=[256, 256]))
-    if script is tuned:
-        theirs = [peer.actor, peer.critic, peer.actor_target, peer.critic_target]
-        for network, source in zip(theirs, ours, strict=True):
-            for parameter, value in zip(network.parameters(), source.parameters(), strict=True):
-                parameter.data.copy_(value)
-    else:
-        actor, qf, target_actor, target_qf = copy.deepcopy(ours)
-        theirs = [actor, Critic(qf), target_actor, Critic(target_qf)]
+    theirs = [peer.actor, peer.critic, peer.actor_target, peer.critic_target]
+    if script is paper:
+        unscaled = [agent(script, OBS_DIM, (-1.0, -1.0), (1.0, 1.0), **flags) for _ in range(2)]
+        theirs = [network for each in unscaled for network in (each.actor, Critic(each.qf))]
         peer.actor, peer.critic, peer.actor_target, peer.critic_target = theirs
         # stable-baselines3 has its targets normalise by running averages; the paper script by the batch
         monkeypatch.setattr(TD3Policy, "set_training_mode", lambda policy, mode: [n.train(mode) for n in theirs])
-    peer.actor.optimizer = torch.optim.Adam(peer.actor.parameters(), LR[0])
-    peer.critic.optimizer = torch.optim.Adam(peer.critic.parameters(), LR[1], weight_decay=L2)
+    for network, source in zip(theirs, networks, strict=True):
+        for parameter, value in zip(network.parameters(), source.parameters(), strict=True):
+            parameter.data.copy_(value)
+    lr, l2 = ((LR[0], LR[0]), 0) if script is tuned else (LR, L2)
+    peer.actor.optimizer = torch.optim.Adam(peer.actor.parameters(), lr[0])
+    peer.critic.optimizer = torch.optim.Adam(peer.critic.parameters(), lr[1], weight_decay=l2)
     peer._update_learning_rate = lambda optimizers: None  # it knows only one for both
     peer.set_logger(Logger(folder=None, output_formats=[]))
 
@@ -325,12 +358,12 @@ def test_ten_updates_equal_stable_baselines3(case, monkeypatch):
         )
         monkeypatch.setattr(peer.replay_buffer, "sample", lambda *args, samples=samples, **kwargs: samples)
         peer.train(gradient_steps=1, batch_size=64)
-        losses = script.update(*ours, *optimizers, batch, GAMMA, TAU)
+        losses = ours.update(batch._replace(action=batch.action * half_range + middle))
 
         logged = peer.logger.name_to_value
         assert losses["losses/qf1_loss"].item() == pytest.approx(logged["train/critic_loss"], abs=1e-6)
         assert losses["losses/actor_loss"].item() == pytest.approx(logged["train/actor_loss"], abs=1e-6)
-        for mine, other in zip(ours, theirs, strict=True):
+        for mine, other in zip(networks, theirs, strict=True):
             torch.testing.assert_close(weights(mine), weights(other), atol=1e-6, rtol=0)
 
 
@@ -369,16 +402,34 @@ class Follow(nn.Module):
 
 def test_evaluate_by_hand(script):
     envs = [Countdown(2), Countdown(4), Countdown(1)]
-    returns, discounted, q_estimates = script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
+    follower = SimpleNamespace(actor=Follow(), qf=Follow(), obs=torch.zeros(1), gamma=0.5)
+    returns, discounted, q_estimates = script.evaluate(follower, envs, first_seed=30, max_steps=4)
     assert returns.tolist() == [3, 10, 1]
     assert discounted.tolist() == [1 + 1, 1 + 1 + 0.75 + 0.5, 1]
     assert q_estimates.tolist() == [2, 4, 1]
     assert [env.actions for env in envs] == [[[0], [1]], [[0], [1], [2], [2.5]], [[0]]]
-    script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
-    script.evaluate(Follow(), Follow(), envs, seed=4, gamma=0.5)
-    starts = [tuple(env.seeds) for env in envs]
-    assert all(first == second != third for first, second, third in starts)  # a run's are the same; another's not
-    assert len(set(sum(starts, ()))) == 6
+    assert [env.seeds for env in envs] == [[30], [31], [32]]
+
+
+def test_an_episode_that_does_not_end_is_cut_with_a_word(script, capfd):
+    script.warn.cache_clear()
+    follower = SimpleNamespace(actor=Follow(), qf=Follow(), obs=torch.zeros(1), gamma=0.5)
+    returns, *_ = script.evaluate(follower, [Countdown(2), Countdown(10**9)], first_seed=0, max_steps=5)
+    assert returns.tolist() == [3, 1 + 2 + 3 + 4 + 5]
+    assert capfd.readouterr().err == (
+        "warning: 1 evaluation episodes did not end within --max-eval-steps 5: cut there\n"
+    )
+
+
+def test_every_evaluation_meets_the_same_starts_and_the_final_one_and_other_seeds_none_of_them(script, run):
+    """Two evaluations of two episodes, then three fresh ones at the end."""
+    starts = []
+    for seed in 1, 2:
+        stubs.Scripted.made.clear()
+        run(script, env_id="stubs:Scripted-v0", seed=seed, run_name=f"seed{seed}", final_eval_episodes=3)
+        starts.append([env.seeds for env in stubs.Scripted.made[1:]])
+    assert starts[0] == [[20_000, 20_000, 20_002, 20_004], [20_001, 20_001, 20_003]]
+    assert starts[1] == [[seed + 10_000 for seed in seeds] for seeds in starts[0]]
 
 
 def test_evaluation_leaves_training_alone(script, run):
