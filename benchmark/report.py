@@ -45,6 +45,9 @@ TRAINING_EPISODES = 100
 Q_COLUMNS = ["q_estimate", "discounted_return"]
 EXPORTED = "args.json", "eval.csv", "result.json", "q_estimates.csv", "training_return.csv"
 BASELINES, PUBLISHED = (pd.read_csv(HERE / name) for name in ("baselines.csv", "published_returns.csv"))
+# The best published under our own protocol: noise-free evaluations at the end of training, not their maximum
+COMPARABLE = PUBLISHED["statistic"].str.contains("noise-free") & ~PUBLISHED["statistic"].str.contains("maximum")
+BEST = PUBLISHED[COMPARABLE].sort_values("mean").drop_duplicates("env", keep="last").set_index("env")
 # Flags that change neither the algorithm nor the protocol: runs that differ in nothing else share a row
 NOT_A_VARIANT = (
     "exp_name env_id seed run_name resume evaluate total_timesteps num_threads cuda cudagraphs compile matmul "
@@ -81,9 +84,12 @@ class Args:
 @dataclass
 class Run:
     path: Path
-    record: dict  # args.json: the flags, the versions, the machine
-    args: dict  # its flags, and today's defaults for flags that are newer than the run
-    result: dict | None  # None: the run is incomplete, and what follows is empty
+    env_id: str
+    seed: int
+    args: dict  # all flags, with today's defaults for those that are newer than the run
+    versions: dict
+    hardware: dict
+    result: dict | None = None  # of a complete run only, like all that follows
     evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)  # eval.csv, by step
     q_estimates: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=Q_COLUMNS, dtype=float))  # by step
     training_return: float = math.nan
@@ -92,7 +98,7 @@ class Run:
     @property
     def row(self) -> tuple[str, str, int]:
         """What the runs in one row of a table share."""
-        return self.args["env_id"], self.label, int(self.evaluations.index[-1])
+        return self.env_id, self.label, int(self.evaluations.index[-1])
 
 
 def fail(message: str):
@@ -109,11 +115,9 @@ def script_of(flags: dict) -> str:
 
 
 def as_today(flags: dict) -> dict:
-    """An older run's flags: batch_norm was yes or no once, which --batch-norm calls both or none."""
-    names = {True: "both", False: "none"}
-    return flags | (
-        {"batch_norm": names.get(flags["batch_norm"], flags["batch_norm"])} if "batch_norm" in flags else {}
-    )
+    if isinstance(flags.get("batch_norm"), bool):  # what --batch-norm and --no-batch-norm set in older runs
+        return flags | {"batch_norm": "both" if flags["batch_norm"] else "none"}
+    return flags
 
 
 def default_flags(script: str) -> dict:
@@ -143,12 +147,13 @@ def read_log(path: Path) -> tuple[pd.DataFrame, float]:
 
 def read_run(path: Path, up_to: float) -> Run:
     record = json.loads((path / "args.json").read_text())
-    result = json.loads((path / "result.json").read_text()) if (path / "result.json").exists() else None
-    run = Run(path, record, default_flags(script_of(record["args"])) | as_today(record["args"]), result)
-    needed = run.args["env_id"], run.args["seed"], run.args["exp_name"], record["versions"], record["hardware"]
-    if result is None:
+    flags = default_flags(script_of(record["args"])) | as_today(record["args"])
+    run = Run(path, flags["env_id"], record["args"]["seed"], flags, record["versions"], record["hardware"])
+    if not (path / "result.json").exists():
         return run
-    needed += result["global_step"], result["seconds"], result["steps_per_second"]
+    result = json.loads((path / "result.json").read_text())
+    run.result = {name: result[name] for name in ("global_step", "seconds", "steps_per_second")}
+    run.result["final_evaluation"] = (result.get("final_eval") or {"mean": math.nan})["mean"]
     run.evaluations = read_steps(path / "eval.csv")
     if (path / "q_estimates.csv").exists():
         run.q_estimates = read_steps(path / "q_estimates.csv")
@@ -172,7 +177,7 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run], list[str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path}: cannot be read and is left out ({type(error).__name__}: {error})")
         else:
-            if run.args["env_id"] in (args.env_ids or [run.args["env_id"]]):
+            if not args.env_ids or run.env_id in args.env_ids:
                 found.append(run)
     set_labels(found)
     incomplete = [run for run in found if run.result is None]
@@ -180,10 +185,10 @@ def read_runs(args: Args) -> tuple[list[Run], list[Run], list[str]]:
     complete = {}
     for run in found:
         if run.result is not None:
-            first = complete.setdefault((*run.row, run.args["seed"]), run)
+            first = complete.setdefault((*run.row, run.seed), run)
             if first is not run:
                 problems.append(f"{run.path}: left out, {first.path} is the same run")
-    env_ids = args.env_ids or sorted({run.args["env_id"] for run in found})
+    env_ids = args.env_ids or sorted({run.env_id for run in found})
     order = sorted(complete, key=lambda key: (env_ids.index(key[0]), key[1] != "default", key))
     return [complete[key] for key in order], incomplete, problems
 
@@ -212,16 +217,17 @@ def as_typed(flag: str, value) -> str:
 # Tables
 
 
-def number(value: float, form=",.1f") -> str:
-    return "" if math.isnan(value) else format(value, form).replace("-", "−")
+def best_published(env_id: str) -> pd.Series | None:
+    name = re.sub(r"-v\d+$", "", env_id)
+    return BEST.loc[name] if name in BEST.index else None
 
 
-def whole(value: float) -> str:
-    return number(value, ",.0f")
+def number(value: float, digits=1) -> str:
+    return "" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def mean_and_std(mean: float, std: float) -> str:
-    return f"{number(mean)} ± {number(std)}" if std >= 0 else number(mean)
+    return number(mean) if math.isnan(mean) or math.isnan(std) else f"{number(mean)} ± {number(std)}"
 
 
 def over_seeds(values: pd.Series) -> str:
@@ -242,7 +248,7 @@ def baselines(run: Run) -> dict[str, float]:
     if run.args.get("pixels"):  # acts at other time steps than those measured; its own first evaluation may do
         first = run.evaluations.iloc[0]
         return {"untrained": first["mean"]} if first.name <= run.args["learning_starts"] else {}
-    means = BASELINES[BASELINES["env_id"] == run.args["env_id"]].set_index("policy")["mean"]
+    means = BASELINES[BASELINES["env_id"] == run.env_id].set_index("policy")["mean"]
     policies = {"untrained": f"untrained {script_of(run.args)}", "random": "random"}
     return {name: means[policy] for name, policy in policies.items() if policy in means}
 
@@ -258,16 +264,13 @@ def scores(runs: list[Run], args: Args) -> pd.DataFrame:
     rows = []
     for run in runs:
         means, q = run.evaluations["mean"], run.q_estimates.tail(FINAL_EVALUATIONS)
-        row = dict(zip(SCORES, (*run.row, run.args["seed"]), strict=False)) | baselines(run)
+        row = dict(zip(SCORES, (*run.row, run.seed), strict=False)) | baselines(run)
         row["final_return"] = means.tail(FINAL_EVALUATIONS).mean()
         row["q_minus_discounted_return"] = (q["q_estimate"] - q["discounted_return"]).mean()
         if args.solved_above is not None and (means > args.solved_above).any():
             row["first_solved_at"] = (means > args.solved_above).idxmax()
         if row["steps"] == run.result["global_step"]:  # what was measured at the end, or over the whole run
-            row["final_evaluation"] = (run.result.get("final_eval") or {}).get("mean")
-            row["training_return"] = run.training_return
-            row["steps_per_second"] = run.result["steps_per_second"]
-            row["hours"] = run.result["seconds"] / 3600
+            row |= run.result | {"training_return": run.training_return, "hours": run.result["seconds"] / 3600}
         rows.append(row)
     return pd.DataFrame(rows, columns=SCORES)
 
@@ -278,20 +281,20 @@ def results_table(runs: list[Run], args: Args) -> str:
     columns = {
         "seeds": seeds.size(),
         "final return": seeds["final_return"].agg(lambda values: f"**{over_seeds(values)}**"),
-        "each seed": seeds["final_return"].agg(lambda values: ", ".join(map(whole, values))),
+        "each seed": seeds["final_return"].agg(lambda values: ", ".join(number(value, 0) for value in values)),
         "final evaluation": seeds["final_evaluation"].agg(over_seeds),
     }
     if args.solved_above is not None:
         columns["solved (seeds)"] = seeds["first_solved_at"].agg(lambda steps: f"{steps.count()} of {len(steps)}")
-        columns["first solved at step (median)"] = seeds["first_solved_at"].median().map(whole)
+        columns["first solved at step (median)"] = seeds["first_solved_at"].median().map(lambda steps: number(steps, 0))
     if args.training_return:
         columns[f"training return, last {TRAINING_EPISODES} episodes"] = seeds["training_return"].agg(over_seeds)
     columns |= {
         "Q − discounted return": seeds["q_minus_discounted_return"].agg(over_seeds),
         "untrained": seeds["untrained"].mean().map(number),
         "random": seeds["random"].mean().map(number),
-        "steps/s": seeds["steps_per_second"].median().map(whole),
-        "hours": seeds["hours"].median().map(lambda hours: number(hours, ".2f")),
+        "steps/s": seeds["steps_per_second"].median().map(lambda steps: number(steps, 0)),
+        "hours": seeds["hours"].median().map(lambda hours: number(hours, 2)),
     }
     return table(pd.DataFrame(columns).reset_index())
 
@@ -313,14 +316,11 @@ def best_table(runs: list[Run], args: Args) -> str:
 
 def results_markdown(runs: list[Run], incomplete: list[Run], args: Args) -> str:
     """The table, what it was measured with, and what it lacks."""
-    versions = {
-        f"{name} {run.record['versions'][name]}" for run in runs for name in ("gymnasium", "mujoco", "torch", "python")
-    }
-    machines = [run.record["hardware"] for run in runs]
-    devices = {machine["gpu"] or f"CPU, {machine['threads']} thread(s) per run" for machine in machines}
+    versions = {f"{name} {run.versions[name]}" for run in runs for name in ("gymnasium", "mujoco", "torch", "python")}
+    devices = {run.hardware["gpu"] or f"CPU, {run.hardware['threads']} thread(s) per run" for run in runs}
     text = f"{results_table(runs, args)}\n{', '.join(sorted(versions))}; {'; '.join(sorted(devices))}.\n"
     if incomplete:
-        names = [f"{run.args['env_id']} {run.label} seed {run.args['seed']}" for run in incomplete]
+        names = [f"{run.env_id} {run.label} seed {run.seed}" for run in incomplete]
         text += f"\nIncomplete, and not in the table: {', '.join(names)}.\n"
     return text
 
@@ -333,18 +333,10 @@ def published_table() -> str:
     return table(rows.reset_index().rename(columns={"source": "published by", "statistic": "what the figure is"}))
 
 
-def best_published(env_id: str) -> pd.Series | None:
-    """The highest return published under our protocol: evaluations without noise at the end, not their maximum."""
-    statistic = PUBLISHED["statistic"]
-    ours = statistic.str.contains("noise-free") & ~statistic.str.contains("maximum")
-    rows = PUBLISHED[ours & (PUBLISHED["env"] == re.sub(r"-v\d+$", "", env_id))]
-    return None if rows.empty else rows.loc[rows["mean"].idxmax()]
-
-
 # Figures
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # told apart by all readers
-LEVELS = {"untrained policy": ":", "random policy": (0, (1, 4)), "best published": "-."}
+LEVELS = {"untrained": ":", "random": (0, (1, 4)), "best published": "-."}  # line styles
 FEW_VARIANTS = 4  # so many are shown with the estimate and the return as two lines; more with their difference
 
 
@@ -386,34 +378,29 @@ def draw_band(axis, by_seed: list[pd.Series], **style):
 
 
 def draw_figures(runs: list[Run], args: Args, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    env_ids = list(dict.fromkeys(run.args["env_id"] for run in runs))
+    env_ids = list(dict.fromkeys(run.env_id for run in runs))
     labels = sorted({run.label for run in runs}, key=lambda label: (label != "default", label))
-    returns_figure, returns_axes = panels(env_ids, "return")
     few = len(labels) <= FEW_VARIANTS
+    returns_figure, returns_axes = panels(env_ids, "return")
     q_figure, q_axes = panels(env_ids, "discounted return" if few else "Q − discounted return")
-    for row in dict.fromkeys(run.row for run in runs):
-        seeds, place = [run for run in runs if run.row == row], labels.index(row[1])
+    for env_id, label, steps in dict.fromkeys(run.row for run in runs):
+        seeds, place = [run for run in runs if run.row == (env_id, label, steps)], labels.index(label)
         style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
-        draw_band(returns_axes[row[0]], [run.evaluations["mean"] for run in seeds], label=row[1], **style)
-        prefix = f"{row[1]}: " if len(labels) > 1 else ""
+        draw_band(returns_axes[env_id], [run.evaluations["mean"] for run in seeds], label=label, **style)
         q = [run.q_estimates for run in seeds if len(run.q_estimates)]
         if q and few:
-            draw_band(q_axes[row[0]], [run["discounted_return"] for run in q], label=f"{prefix}return", **style)
+            draw_band(q_axes[env_id], [run["discounted_return"] for run in q], label=f"{label}: return", **style)
             style["linestyle"] = "--"
-            draw_band(q_axes[row[0]], [run["q_estimate"] for run in q], label=f"{prefix}the critic's estimate", **style)
+            draw_band(q_axes[env_id], [run["q_estimate"] for run in q], label=f"{label}: critic's estimate", **style)
         elif q:
-            draw_band(
-                q_axes[row[0]], [run["q_estimate"] - run["discounted_return"] for run in q], label=row[1], **style
-            )
+            draw_band(q_axes[env_id], [run["q_estimate"] - run["discounted_return"] for run in q], label=label, **style)
     for env_id, axis in returns_axes.items():
-        levels = baselines(next(run for run in runs if run.args["env_id"] == env_id))
-        levels = {f"{name} policy": level for name, level in levels.items()}
-        best = best_published(env_id)
-        if args.published and best is not None:
+        levels = baselines(next(run for run in runs if run.env_id == env_id))
+        if args.published and (best := best_published(env_id)) is not None:
             levels["best published"] = best["mean"]
         for name, level in levels.items():
             axis.axhline(level, color="black", linestyle=LEVELS[name], linewidth=0.8, label=name, zorder=1)
+    folder.mkdir(parents=True, exist_ok=True)
     save(returns_figure, folder / "learning_curves.png")
     if any(len(run.q_estimates) for run in runs):
         save(q_figure, folder / "q_estimates.png")

@@ -67,11 +67,12 @@ python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
 export OMP_NUM_THREADS=$THREADS
 flags=(--total-timesteps "$steps" --num-threads "$THREADS" "$@")
 
-if ((!${#variants[@]})); then
+if ((!${#variants[@]})); then # none on the command line
   while IFS= read -r variant; do
     if [[ $variant == *[![:space:]]* ]]; then variants+=("$variant"); fi
-  done <<<"${VARIANTS:-default}"
+  done <<<"${VARIANTS:-}"
 fi
+((${#variants[@]})) || variants=(default)
 flag='--[a-z0-9]+(-[a-z0-9]+)*( [A-Za-z0-9._+-]+)*'
 reserved='--(env-id|seed|run-name|total-timesteps|num-threads|resume|evaluate)'
 parts=() # of the runs' names: each variant's flags in alphabetical order
