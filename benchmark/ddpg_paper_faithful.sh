@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The published set-up of ddpg_paper_faithful.py, with the paper's batch normalisation; without it:
-#     benchmark/ddpg_paper_faithful.sh OUT=runs/ddpg_paper_faithful_no_bn -- --no-batch-norm
+# The published set-up of ddpg_paper_faithful.py, with the paper's batch normalisation; with and without it:
+#     benchmark/ddpg_paper_faithful.sh VARIANT=default VARIANT="--batch-norm none"
 # Each line can be overridden from the environment or the command line; --help tells how.
 set -euo pipefail
 

@@ -1,23 +1,33 @@
 #!/usr/bin/env bash
-# Runs SCRIPT on every environment in ENVS with every seed in SEEDS, JOBS runs at a time.
+# Runs SCRIPT with every seed in SEEDS, every variant of its flags and every environment in ENVS, JOBS runs at a time.
 #
 #     benchmark/ddpg_continuous_action.sh [SETTING=value ...] [--dry-run | --slurm] [-- flags of the script]
 #     benchmark/ddpg_continuous_action.sh ENVS="Hopper-v5 Ant-v5" SEEDS="1 2 3 4 5" JOBS=4 -- --gamma 0.98
+#     benchmark/ddpg_continuous_action.sh VARIANT=default VARIANT="--learning-rate 1e-3" VARIANT="--n-step 3 --tau 0.01"
 #
 # Settings, given as above or in the environment:
 #   SCRIPT   the training script, a path in this repository
 #   ENVS     environment ids, separated by spaces
 #   SEEDS    seeds, separated by spaces
+#   VARIANT  flags of one variant, or "default" for none; repeat it for more variants (default: only "default").
+#            In the environment it is VARIANTS, one variant per line
 #   STEPS    environment steps of each run
-#   JOBS     runs at a time (default: the cores divided by THREADS; with --slurm: no limit)
+#   JOBS     number of runs at a time (default: the cores divided by THREADS; with --slurm: no limit)
 #   THREADS  CPU threads of each run (default: 1)
-#   OUT      folder of the runs and their logs, under runs/ (default: runs/<the script's name>)
+#   OUT      folder for the runs and their logs, under runs/ (default: runs/<the script's name>)
 #   PYTHON   the interpreter (default: python)
 #
-# The same command again skips finished runs, resumes broken-off ones, and waits for those that still run. A failed run
-# does not stop the others, but the sweep then ends with exit code 1. Ctrl-C ends all the runs cleanly.
+# The flags after -- are those that all runs share; a variant's own flags come after them and win. A variant is part of
+# the name of its runs: Hopper-v5__ddpg_continuous_action__learning-rate-1e-3__2. Only the default's have no such part.
 #
-#   --dry-run  prints the commands of the runs still to do, and does nothing else
+# Runs start in the order of the seeds, then the variants, then the environments: seed 1 of everything comes first, so
+# that a sweep that is still running already compares everything.
+#
+# Re-running the command skips finished runs, resumes the rest, and waits for those that are still running. A failed run
+# does not stop the others, but the sweep then ends with exit code 1. Ctrl-C ends all the runs cleanly. Environments,
+# seeds and variants can be added to a sweep later; SCRIPT, STEPS, THREADS and the shared flags have to stay.
+#
+#   --dry-run  prints the commands of the runs that are left, and does nothing else
 #   --slurm    submits those runs as a job array instead. sbatch reads its options from the environment:
 #              SBATCH_PARTITION=gpu SBATCH_TIMELIMIT=1-0 SBATCH_GRES=gpu:1 benchmark/ddpg_continuous_action.sh --slurm
 set -euo pipefail
@@ -28,10 +38,11 @@ die() {
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-mode=local
+mode=local variants=()
 while (($#)); do
   case $1 in
     SCRIPT=* | ENVS=* | SEEDS=* | STEPS=* | JOBS=* | THREADS=* | OUT=* | PYTHON=*) declare "${1%%=*}=${1#*=}" ;;
+    VARIANT=*) variants+=("${1#*=}") ;;
     --dry-run | --slurm | --slurm-task) [[ $mode == dry-run ]] || mode=${1#--} ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     --) shift && break ;;
@@ -56,20 +67,44 @@ python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
 export OMP_NUM_THREADS=$THREADS
 flags=(--total-timesteps "$steps" --num-threads "$THREADS" "$@")
 
-names=() envs=() seeds=() state=() pids=()
-for env in "${env_list[@]}"; do
-  for seed in "${seed_list[@]}"; do
-    name=${env//[\/:]/-}__$(basename "$SCRIPT" .py)__$seed
-    [[ " ${names[*]} " != *" $name "* ]] || die "$env with seed $seed is there twice"
-    names+=("$name") envs+=("$env") seeds+=("$seed")
-    if [[ -e $OUT/$name/result.json ]]; then state+=(finished); else state+=(waiting); fi
+if ((!${#variants[@]})); then # none on the command line
+  while IFS= read -r variant; do
+    if [[ $variant == *[![:space:]]* ]]; then variants+=("$variant"); fi
+  done <<<"${VARIANTS:-}"
+fi
+((${#variants[@]})) || variants=(default)
+flag='--[a-z0-9]+(-[a-z0-9]+)*( [A-Za-z0-9._+-]+)*'
+reserved='--(env-id|seed|run-name|total-timesteps|num-threads|resume|evaluate)'
+parts=() # of the runs' names: each variant's flags in alphabetical order
+for i in "${!variants[@]}"; do
+  read -ra words <<<"${variants[i]}" || true
+  variant=${words[*]:-default} part=''
+  if [[ $variant != default ]]; then
+    [[ $variant =~ ^$flag(\ $flag)*$ ]] || die "a variant is flags like '--learning-rate 1e-3', not '$variant'"
+    [[ ! " $variant " =~ \ ($reserved)\  ]] || die "${BASH_REMATCH[1]} is for the sweep to set, not for a variant"
+    part=$(LC_ALL=C sort <<<"${variant// --/$'\n'--}")
+    part=${part#--} part=${part//$'\n'--/_} part=__${part// /-}
+  fi
+  variants[i]=$variant parts+=("$part")
+done
+
+names=() envs=() seeds=() flags_of=() state=() pids=()
+for seed in "${seed_list[@]}"; do
+  for i in "${!variants[@]}"; do
+    for env in "${env_list[@]}"; do
+      name=${env//[\/:]/-}__$(basename "$SCRIPT" .py)${parts[i]}__$seed
+      [[ " ${names[*]-} " != *" $name "* ]] || die "$env, ${variants[i]}, seed $seed is there twice"
+      names+=("$name") envs+=("$env") seeds+=("$seed") flags_of+=("${variants[i]#default}")
+      if [[ -e $OUT/$name/result.json ]]; then state+=(finished); else state+=(waiting); fi
+    done
   done
 done
 
 set_command() { # of run $1
-  local name=${names[$1]}
+  local name=${names[$1]} own
+  read -ra own <<<"${flags_of[$1]}" || true
   command=("$python" "$root/$SCRIPT" --env-id "${envs[$1]}" --seed "${seeds[$1]}" --run-name "${OUT#runs/}/$name")
-  command+=("${flags[@]}")
+  command+=("${flags[@]}" ${own[@]+"${own[@]}"})
   if [[ -e $OUT/$name/args.json ]]; then command+=(--resume "$OUT/$name"); fi
 }
 
@@ -90,7 +125,7 @@ if [[ $mode == slurm-task ]]; then
   exit # finished since it was submitted
 fi
 
-# Runs of other settings must not end up in one table: whoever changes them starts another folder
+# Runs with other settings must not end up in one table: they belong in another folder
 settings=$(printf '%q ' "$SCRIPT" "${flags[@]}")
 if [[ -e $OUT/settings ]] && compgen -G "$OUT/*/args.json" >/dev/null && [[ $settings != "$(<"$OUT/settings")" ]]; then
   die "$OUT holds a sweep with other settings, $(<"$OUT/settings"): choose another OUT"
@@ -110,8 +145,8 @@ if [[ $mode == slurm ]]; then
   for i in "${!names[@]}"; do if [[ ${state[i]} == waiting ]]; then todo+=("$i"); fi; done
   ((${#todo[@]})) || { echo "all ${#names[@]} runs are done: $OUT" && exit; }
   array=$(IFS=, && echo "${todo[*]}")${JOBS:+%$JOBS}
-  task=("$root/benchmark/sweep.sh" SCRIPT="$SCRIPT" ENVS="$ENVS" SEEDS="$SEEDS" STEPS="$STEPS" THREADS="$THREADS"
-    OUT="$OUT" PYTHON="$python" --slurm-task -- "$@")
+  task=("$root/benchmark/sweep.sh" SCRIPT="$SCRIPT" ENVS="$ENVS" SEEDS="$SEEDS" "${variants[@]/#/VARIANT=}"
+    STEPS="$STEPS" THREADS="$THREADS" OUT="$OUT" PYTHON="$python" --slurm-task -- "$@")
   # A preempted task is put back into the queue by --requeue and resumes from its checkpoint
   job=$(sbatch --parsable --array="$array" --job-name="$(basename "$OUT")" --cpus-per-task="$THREADS" --requeue \
     --open-mode=append --output="$OUT/slurm-%A_%a.log" <<<"#!/usr/bin/env bash
@@ -156,7 +191,7 @@ stop() {
   # shellcheck disable=SC2046 # one argument for each
   kill -TERM $(jobs -pr) 2>/dev/null || true
   wait
-  printf '\nstopped; the same command goes on\n' >&2
+  printf '\nstopped; run the same command again to resume\n' >&2
   exit "$1"
 }
 trap 'stop 129' HUP

@@ -77,8 +77,8 @@ sinfo
 
 cd "$work"
 sweep() {
-  "$root/benchmark/ddpg_continuous_action.sh" ENVS="InvertedPendulum-v5 Pendulum-v1" SEEDS="1 2" STEPS=6e3 \
-    OUT=runs/slurm "$@" -- --learning-starts 100 --batch-size 16 --eval-interval 500 --eval-episodes 2 \
+  "$root/benchmark/ddpg_continuous_action.sh" ENVS="InvertedPendulum-v5 Pendulum-v1" SEEDS=1 STEPS=6e3 \
+    VARIANT=default VARIANT="--tau 0.01 --gamma 0.98" OUT=runs/slurm "$@" -- --learning-starts 100 --batch-size 16 --eval-interval 500 --eval-episodes 2 \
     --checkpoint-interval 500
 }
 sweep --slurm

@@ -1,9 +1,9 @@
 """Sweeps with the real scripts, killed and started again; the report against numbers computed here by hand."""
 
 import csv
-import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.testing.compare import compare_images
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 import baselines
@@ -44,9 +46,13 @@ def wait_until(condition, seconds=90):
         time.sleep(0.05)
 
 
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def evaluations(run_dir):
-    with open(run_dir / "eval.csv") as file:
-        return [(int(row["global_step"]), float(row["mean"])) for row in csv.DictReader(file)]
+    return [(int(row["global_step"]), float(row["mean"])) for row in read_csv(run_dir / "eval.csv")]
 
 
 def early(checkpoint):
@@ -55,9 +61,10 @@ def early(checkpoint):
 
 
 def test_sweep_killed_and_started_again(tmp_path):
-    settings = ["ENVS=Pendulum-v1\nInvertedPendulum-v5", "SEEDS=1 2", "STEPS=2.2e3", "JOBS=2", "OUT=runs/sweep"]
-    out, steps = tmp_path / "runs/sweep", list(range(200, 2201, 200))
-    flags = " ".join(FLAGS).replace("--eval-interval 500", "--eval-interval 200").split()
+    variant = "--tau 0.01 --gamma 0.98"  # its tau wins over the one that all runs share
+    settings = ["ENVS=Pendulum-v1", "SEEDS=1 2", "VARIANT=default", f"VARIANT={variant}", "STEPS=2.2e3", "JOBS=2"]
+    out, steps = tmp_path / "runs/ddpg_continuous_action", list(range(200, 2201, 200))
+    flags = " ".join([*FLAGS, "--tau 0.02"]).replace("--eval-interval 500", "--eval-interval 200").split()
     command = sweep_command(*settings, flags=flags)
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Interrupted when a run is finished, and another one has a checkpoint behind it and most steps before it
@@ -65,7 +72,7 @@ def test_sweep_killed_and_started_again(tmp_path):
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=30)[0].decode()
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "run the same command again to resume" in output
     started = {path.parent.name for path in out.glob("*/args.json")}
     finished = {path.parent.name for path in out.glob("*/result.json")}
     assert started > finished
@@ -76,36 +83,37 @@ def test_sweep_killed_and_started_again(tmp_path):
     again = sweep(tmp_path, *settings, flags=flags)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "4 done, 0 running, 0 waiting, 0 failed" in again.stdout
-    names = [
-        f"{env}__ddpg_continuous_action__{seed}" for env in ("InvertedPendulum-v5", "Pendulum-v1") for seed in "12"
-    ]
-    for name in names:
-        commands = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("$ ")]
-        assert len(commands) == 1 + (name in started - finished)  # nothing is run twice
-        assert ("--resume" in commands[-1]) == (name in started - finished)
-        assert [step for step, _ in evaluations(out / name)] == steps
+    names = {  # by their labels in the report; 0.02 is not the script's default
+        "--tau 0.02": [f"Pendulum-v1__ddpg_continuous_action__{seed}" for seed in (1, 2)],
+        "--gamma 0.98 --tau 0.01": [f"Pendulum-v1__ddpg_continuous_action__gamma-0.98_tau-0.01__{i}" for i in (1, 2)],
+    }
+    for label, pair in names.items():
+        for name in pair:
+            commands = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("$ ")]
+            assert len(commands) == 1 + (name in started - finished)  # nothing is run twice
+            assert ("--resume" in commands[-1]) == (name in started - finished)
+            assert [step for step, _ in evaluations(out / name)] == steps
+            args = json.loads((out / name / "args.json").read_text())["args"]
+            assert (args["gamma"], args["tau"]) == ((0.99, 0.02) if label == "--tau 0.02" else (0.98, 0.01))
     assert kept == {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
 
-    # Other settings in the same folder would mix two experiments in one table
+    # Other settings in the same folder would mix two experiments in one table; more runs of the same are welcome
     other = sweep(tmp_path, *settings, flags=[*flags, "--gamma", "0.9"])
     assert other.returncode == 2 and "other settings" in other.stderr and other.stderr.count("\n") == 1
+    more = sweep(tmp_path, *settings, "VARIANT=--gamma 0.9", "SEEDS=1 2 3", "--dry-run", flags=flags)
+    assert more.returncode == 0 and len(more.stdout.splitlines()) == 5  # three of the new variant, two of seed 3
 
     # The report, to the digit
-    made = subprocess.run(
-        [sys.executable, ROOT / "benchmark/report.py", out], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    made = run_report(out)
     assert made.returncode == 0, made.stderr
-    with open(out / "report/results.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["env_id"] for row in rows] == ["InvertedPendulum-v5", "Pendulum-v1"]
-    for row, pair in zip(rows, (names[:2], names[2:]), strict=True):
+    rows = read_csv(out / "report/results.csv")
+    for label, pair in names.items():
         finals = [statistics.fmean(mean for _, mean in evaluations(out / name)[1:]) for name in pair]  # of 11
-        assert [float(value) for value in row["returns"].split()] == pytest.approx(finals, rel=1e-12)
-        assert float(row["final_return"]) == pytest.approx(statistics.fmean(finals), rel=1e-12)
-        assert float(row["std_over_seeds"]) == pytest.approx(statistics.stdev(finals), rel=1e-9)
-        shown = f"**{statistics.fmean(finals):,.1f}** ± {statistics.stdev(finals):,.1f}".replace("-", "−")
+        reported = {row["seed"]: float(row["final_return"]) for row in rows if row["variant"] == label}
+        assert reported == {"1": pytest.approx(finals[0], rel=1e-12), "2": pytest.approx(finals[1], rel=1e-12)}
+        shown = f"**{statistics.fmean(finals):,.1f} ± {statistics.stdev(finals):,.1f}**".replace("-", "−")
         assert shown in (out / "report/results.md").read_text() and shown in made.stdout
-    for name in ("learning_curves.png", "learning_curves.svg", "q_estimates.png", "q_estimates.svg"):
+    for name in ("learning_curves.png", "q_estimates.png"):
         assert (out / "report" / name).stat().st_size > 1000
 
 
@@ -131,31 +139,32 @@ def test_failed_run_fails_the_sweep_but_not_the_others(tmp_path):
     assert "Environment `NoSuch` doesn't exist" in failed.stderr  # the end of its log
 
 
-def test_dry_run_prints_the_commands_and_writes_nothing(tmp_path):
-    dry = sweep(
-        tmp_path,
-        "SEEDS=1 2",
-        "STEPS=300e3",
-        "--dry-run",
-        "--slurm",  # submits nothing then
-        flags=["--wandb-entity", "a b"],
-        env=os.environ | {"ENVS": "A B/C"},
-    )
+def test_dry_run_prints_the_commands_in_their_order_and_writes_nothing(tmp_path):
+    settings = ["SEEDS=1 2", "STEPS=300e3", "--dry-run", "--slurm"]  # which submits nothing then
+    env = os.environ | {"ENVS": "A B/C", "VARIANTS": "default\n\n  --no-x  --y -1\n"}
+    dry = sweep(tmp_path, *settings, flags=["--wandb-entity", "a b"], env=env)
     assert dry.returncode == 0 and not list(tmp_path.iterdir())
-    lines = dry.stdout.splitlines()
-    assert len(lines) == 4
-    assert "--env-id B/C --seed 2 --run-name ddpg_continuous_action/B-C__ddpg_continuous_action__2" in lines[3]
-    assert "--total-timesteps 300000 --num-threads 1 --wandb-entity a\\ b" in lines[3]
+    runs = [line.split("--run-name ddpg_continuous_action/")[1].split(" ", 1) for line in dry.stdout.splitlines()]
+    assert [name.replace("ddpg_continuous_action", "") for name, _ in runs] == [
+        *("A____1", "B-C____1", "A____no-x_y--1__1", "B-C____no-x_y--1__1"),  # all of seed 1 first
+        *("A____2", "B-C____2", "A____no-x_y--1__2", "B-C____no-x_y--1__2"),
+    ]
+    assert "--env-id B/C --seed 2 " in dry.stdout.splitlines()[-1]
+    assert runs[0][1].strip() == "--total-timesteps 300000 --num-threads 1 --wandb-entity a\\ b"
+    assert runs[-1][1].strip() == "--total-timesteps 300000 --num-threads 1 --wandb-entity a\\ b --no-x --y -1"
 
 
 @pytest.mark.parametrize(
     "setting",
-    "SEED=1,SEEDS=1 1,OUT=elsewhere,OUT=runs/../x,STEPS=many,STEPS=1.5,STEPS=0,JOBS=0,THREADS=0,ENVS= ,PYTHON=no".split(
-        ","
-    ),
+    [
+        *("SEED=1", "SEEDS=1 1", "OUT=elsewhere", "OUT=runs/../x", "STEPS=many", "STEPS=1.5", "STEPS=0", "JOBS=0"),
+        *("THREADS=0", "ENVS= ", "PYTHON=no", "VARIANT=tau 1", "VARIANT=--tau $(id)", "VARIANT=--tau ../x"),
+        *("VARIANT=--tau=1", "VARIANT=--seed 1", "VARIANT=--tau 1 --resume x"),
+        *("VARIANT=default VARIANT=", "VARIANT=--a 1 --b 2 VARIANT=--b  2 --a 1"),  # the same one twice
+    ],
 )
 def test_bad_setting_is_one_line(tmp_path, setting):
-    bad = sweep(tmp_path, setting)
+    bad = sweep(tmp_path, *setting.replace(" VARIANT", "\nVARIANT").split("\n"))
     assert bad.returncode == 2 and not list(tmp_path.iterdir())
     assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1
 
@@ -170,7 +179,8 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
     done.mkdir(parents=True)
     (done / "result.json").touch()
     env = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    submitted = sweep(tmp_path, "ENVS=Pendulum-v1", "SEEDS=1 2 3", "STEPS=1e6", "OUT=runs/sweep", "--slurm", env=env)
+    settings = ["ENVS=Pendulum-v1", "SEEDS=1", "VARIANT=", "VARIANT=--tau 0.01 --gamma 0.9", "VARIANT=--tau 0.1"]
+    submitted = sweep(tmp_path, *settings, "STEPS=1e6", "OUT=runs/sweep", "--slurm", env=env)
     assert submitted.returncode == 0, submitted.stderr
     assert "job array 7 of 2 runs (3 in the sweep)" in submitted.stdout
     arguments = (tmp_path / "sbatch_args").read_text().split()
@@ -180,7 +190,7 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
         return subprocess.Popen(["bash", "batch_script"], cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": str(index)})
 
     assert task(0).wait(timeout=30) == 0  # finished: nothing to do
-    name = "Pendulum-v1__ddpg_continuous_action__2"
+    name = "Pendulum-v1__ddpg_continuous_action__gamma-0.9_tau-0.01__1"
     process = task(1)
     run_dir = tmp_path / "runs/sweep" / name
     wait_until(lambda: (run_dir / "eval.csv").exists() and evaluations(run_dir))
@@ -213,15 +223,19 @@ ENTRIES = {
 }
 
 
-def write_run(folder, env_id, seed, means, exp_name="ddpg_continuous_action", tail="", complete=True, **flags):
+def write_run(
+    folder, env_id, seed, means, exp_name="ddpg_continuous_action", tail="", complete=True, final_eval=None, **flags
+):
     run_dir = folder / "_".join([env_id, exp_name, str(seed), *map(str, flags.values())])
     run_dir.mkdir(parents=True)
-    args = dict(exp_name=exp_name, env_id=env_id, seed=seed, run_name=run_dir.name, eval_episodes=10) | flags
+    args = dict(exp_name=exp_name, env_id=env_id, seed=seed, run_name=run_dir.name) | flags
     (run_dir / "args.json").write_text(json.dumps({"args": args} | ENTRIES))
     rows = "".join(f"{5000 * (i + 1)},{mean},1.0,0.0,2.0,10\n" for i, mean in enumerate(means))
     (run_dir / "eval.csv").write_text("global_step,mean,std,min,max,episodes\n" + rows + tail)
     if complete:
-        result = {"global_step": 5000 * len(means), "seconds": 3600.0, "steps_per_second": 100.0}
+        result = {"global_step": 5000 * len(means), "seconds": 3600.0, "steps_per_second": 100.0, "final_eval": None}
+        if final_eval is not None:
+            result["final_eval"] = {"mean": final_eval, "std": 1.0, "min": 0.0, "max": 2.0, "episodes": 100}
         (run_dir / "result.json").write_text(json.dumps(result))
     return run_dir
 
@@ -231,142 +245,186 @@ def run_report(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def write_log(run_dir, scalars):
+    with SummaryWriter(run_dir) as log:
+        for tag, values in scalars.items():
+            for step, value in values:
+                log.add_scalar(tag, value, step)
+
+
+def read_runs(*folders, **flags):
+    return report.read_runs(report.Args(runs=folders, **flags))
+
+
+def table_rows(*folders, **flags):
+    """The rows of the report's table, each {column: cell}."""
+    table = report.results_table(read_runs(*folders, **flags)[0], report.Args(**flags))
+    header, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def test_report_on_odd_input(tmp_path):
     runs = tmp_path / "runs"
     means = list(range(0, 1200, 100))  # 12 evaluations; the last 10 have the mean 650
     write_run(runs, "Hopper-v5", 1, means)
     write_run(runs, "Hopper-v5", 2, [mean + 100 for mean in means])
-    write_run(runs, "Ant-v5", 1, means)
-    write_run(runs, "Ant-v5", 2, [])
-    write_run(runs, "Hopper-v5", 3, means, exp_name="sb3_ddpg", tail="65000,12", complete=False)
+    write_run(runs, "Hopper-v5", 3, means[:11], tail="60000,12", complete=False)
     (write_run(runs, "Hopper-v5", 4, means) / "args.json").write_text('{"args": {')
     (write_run(runs, "Hopper-v5", 5, means) / "result.json").write_text("{}")
     (write_run(runs, "Hopper-v5", 6, means) / "args.json").write_text('{"args": {"env_id": "Hopper-v5"}}')
-    write_run(runs, "Hopper-v5", 7, means[:1], complete=False)
-    broken = write_run(runs, "Ant-v5", 3, means[:11], tail="inf,1,1,0,2,10\n")
+    write_run(runs, "Hopper-v5", 7, means, tail="65000,12\n")
+    write_run(runs, "Hopper-v5", 8, [])
+    broken = write_run(runs, "Hopper-v5", 9, means)
     (broken / "q_estimates.csv").write_text("global_step,q_estimate,discounted_return\n5000,oh\n")
+    write_run(runs / "twice", "Hopper-v5", 1, means)
     made = run_report(runs)
-    assert made.returncode == 0
+    assert made.returncode == 0 and "Traceback" not in made.stderr
     warnings = [line for line in made.stderr.splitlines() if line.startswith("warning: ")]
-    for expected in (
-        "Ant-v5_ddpg_continuous_action_2: no evaluations: left out",
-        "Hopper-v5_sb3_ddpg_3: line 14 of eval.csv is broken and left out: '65000,12'",
-        "Hopper-v5_sb3_ddpg_3: the run is not complete (no result.json)",
-        "Hopper-v5_ddpg_continuous_action_4: cannot be read and is left out",
-        "Hopper-v5_ddpg_continuous_action_5: cannot be read and is left out",
-        "Hopper-v5_ddpg_continuous_action_6: cannot be read and is left out",
-        "Hopper-v5_ddpg_continuous_action_7: the run is not complete (no result.json)",
-        "Hopper-v5_ddpg_continuous_action_7: 1 evaluations: the final return is the mean of those",
-        "Hopper-v5_ddpg_continuous_action_7: left out, other seeds of its row are complete",
-        "Ant-v5, ddpg_continuous_action: no run of seed 2",
-        "Ant-v5, ddpg_continuous_action: runs of 55,000 to 60,000 steps in one row",
-        "Ant-v5, sb3_ddpg: no run of seed 3",
-        "Ant-v5_ddpg_continuous_action_3: line 13 of eval.csv is broken and left out: 'inf,1,1,0,2,10'",
-        "Hopper-v5, ddpg_continuous_action: no run of seed 3",
-        "Ant-v5_ddpg_continuous_action_3: q_estimates.csv is broken and left out",
-        "2 scripts, each in rows of its own: ddpg_continuous_action, sb3_ddpg",
-    ):
-        assert sum(expected in line for line in warnings) == 1, (expected, warnings)
-    assert len(warnings) == 16 and "Traceback" not in made.stderr
-    rows = [line for line in made.stdout.splitlines() if line.startswith(("| Ant", "| Hopper"))]
-    assert [row.split(" | ")[:5] for row in rows] == [
-        ["| Ant-v5", "ddpg_continuous_action", "**600.0** ± 70.7", "650, 550", "2"],
-        ["| Hopper-v5", "ddpg_continuous_action", "**700.0** ± 70.7", "650, 750", "2"],
-        ["| Hopper-v5", "sb3_ddpg", "**650.0**", "650", "1"],
+    expected = [
+        f"Hopper-v5_ddpg_continuous_action_{seed}: cannot be read and is left out" for seed in (4, 5, 6, 7, 8, 9)
     ]
+    expected.append("Hopper-v5_ddpg_continuous_action_3: incomplete (it has no result.json) and left out")
+    expected.append("twice/Hopper-v5_ddpg_continuous_action_1: left out, ")
+    for text in expected:
+        assert sum(text in line for line in warnings) == 1, (text, warnings)
+    assert len(warnings) == len(expected)
+    rows = [line for line in made.stdout.splitlines() if line.startswith("| Hopper")]
+    assert [row.split(" | ")[1:5] for row in rows] == [["60,000", "2", "**700.0 ± 70.7**", "650, 750"]]
+    assert "Incomplete, and not in the table: Hopper-v5 default seed 3.\n" in made.stdout
 
 
-def test_report_without_runs_is_one_line(tmp_path):
+def test_report_without_complete_runs_is_one_line(tmp_path):
     empty = run_report(tmp_path)
-    assert empty.returncode == 2 and empty.stderr.startswith("error: no runs") and empty.stderr.count("\n") == 1
+    assert empty.returncode == 2 and empty.stderr.startswith("error: no complete runs")
+    assert empty.stderr.count("\n") == 1
 
 
-def test_variants_of_a_script_are_told_apart_by_their_flags(tmp_path):
-    for batch_norm in (True, False):
-        for seed in (1, 2):
-            write_run(tmp_path, "Hopper-v5", seed, [1] * 10, "ddpg_paper_faithful", batch_norm=batch_norm, tau=0.001)
-    runs, problems = report.read_runs(report.Args(runs=(tmp_path,)))
+def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path):
+    write_run(tmp_path / "a", "Hopper-v5", 1, [1] * 10)  # older than the flags of the next ones
+    write_run(tmp_path / "a", "Hopper-v5", 1, [1] * 10, learning_rate=1e-3, batch_size=128, num_threads=2)
+    write_run(tmp_path / "a", "Hopper-v5", 2, [1] * 10, learning_rate=3e-4, num_threads=1, gamma=0.99)
+    for batch_norm in (True, False, "actor", "none"):
+        run = dict(exp_name="ddpg_paper_faithful", critic_lr=1e-2, batch_norm=batch_norm)
+        write_run(tmp_path / "b", "Hopper-v5", 1, [1] * 10, **run)
+    runs, _, problems = read_runs(tmp_path / "a")
+    assert [(run.label, run.seed) for run in runs] == [
+        ("default", 1),
+        ("default", 2),
+        ("--learning-rate 0.001 --batch-size 128", 1),
+    ]
     assert problems == []
-    labels = [(label, [run.seed for run in same]) for _, label, same in report.group(runs)]
-    assert labels == [("ddpg_paper_faithful --batch-norm", [1, 2]), ("ddpg_paper_faithful --no-batch-norm", [1, 2])]
+    runs, _, problems = read_runs(tmp_path / "b")  # the same rate in all of them is no difference
+    assert [run.label for run in runs] == ["default", "--batch-norm actor", "--batch-norm none"]
+    assert len(problems) == 1 and "none: left out, " in problems[0]  # --no-batch-norm was its name before
+    runs, _, _ = read_runs(tmp_path / "a", tmp_path / "b")
+    assert [run.label for run in runs][0] == "ddpg_continuous_action"
+    assert [run.label for run in runs][-1] == "ddpg_paper_faithful --batch-norm none"
 
 
-def test_export_keeps_sweeps_of_the_same_run_names_apart(tmp_path):
-    for sweep_name, tau in ("a", 0.1), ("b", 0.2):
-        run_dir = write_run(tmp_path / sweep_name, "Hopper-v5", 1, [tau] * 10, tau=tau)
-        run_dir.rename(run_dir.parent / "same_name")
-    runs, _ = report.read_runs(report.Args(runs=(tmp_path / "a", tmp_path / "b")))
-    report.export(runs, tmp_path / "data")
-    again, problems = report.read_runs(report.Args(runs=(tmp_path / "data",)))
-    assert problems == [] and [run.final_return for run in again] == pytest.approx([0.1, 0.2])
-    report.export(runs[:1], tmp_path / "data")  # the same again, with less
-    again, problems = report.read_runs(report.Args(runs=(tmp_path / "data",)))
-    assert problems == [] and [run.final_return for run in again] == pytest.approx([0.1])
-    with pytest.raises(SystemExit):
-        report.export(again, tmp_path / "data")  # it would remove what it is to copy
-    assert report.read_runs(report.Args(runs=(tmp_path / "data",)))[0]
+def test_columns_of_the_table(tmp_path):
+    for seed, first_above, final_eval in (1, 3, 80.0), (2, 4, 90.0), (3, 9, 70.0), (4, None, 100.0):
+        means = [95.0 if i == first_above else float(seed) for i in range(12)]
+        run_dir = write_run(tmp_path, "Hopper-v5", seed, means, final_eval=final_eval)
+        q = [(5000 * (i + 1), 10.0 * seed + i) for i in range(12)]  # the last 10 have the mean 10 seed + 6.5
+        discounted = [(step, 2.5) for step, _ in q]
+        episodes = [(7 * i, float(max(i - 20, 0))) for i in range(120)]  # the last 100: 0 to 99
+        tags = ("eval/q_estimate", q), ("eval/discounted_return", discounted), ("charts/episodic_return", episodes)
+        write_log(run_dir, dict(tags))
+    (row,) = table_rows(tmp_path, solved_above=90.0, training_return=True)
+    assert row["steps"] == "60,000" and row["seeds"] == "4"
+    assert row["final return"] == "**9.5 ± 3.7**"  # of 10.4, 11.3, 12.2 and 4
+    assert row["each seed"] == "10, 11, 12, 4"
+    assert row["final evaluation"] == "85.0 ± 12.9"
+    assert row["solved (seeds)"] == "3 of 4"
+    assert row["first solved at step (median)"] == "25,000"  # of 20,000, 25,000 and 50,000
+    assert row["training return, last 100 episodes"] == "49.5 ± 0.0"
+    assert row["Q − discounted return"] == "29.0 ± 12.9"  # of 14, 24, 34 and 44
+    assert row["random"] == "17.0" and row["untrained"] == "48.0" and row["hours"] == "1.00"
+
+    (row,) = table_rows(tmp_path, solved_above=90.0, training_return=True, up_to=20e3)
+    assert row["steps"] == "20,000" and row["solved (seeds)"] == "1 of 4"
+    assert row["Q − discounted return"] == "24.0 ± 12.9"  # the mean of the first four
+    # What was measured at the end says nothing of the first 20,000 steps
+    assert not {"final evaluation", "training return, last 100 episodes", "hours"} & row.keys()
+
+    write_run(tmp_path, "Hopper-v5", 5, [1.0] * 12)  # without a final evaluation, as before there was one
+    (row,) = table_rows(tmp_path)
+    assert row["seeds"] == "5" and "final evaluation" not in row  # four of the seeds are not the row
 
 
-def test_export_removes_nothing_but_an_export(tmp_path, capsys):
-    (run,) = report.read_runs(report.Args(runs=(write_run(tmp_path / "runs", "Hopper-v5", 1, [1] * 10),)))[0]
-    for kept in "other/run/model.pt", "other/learning_curves.png":  # somebody's runs; a folder of exports
-        write_run(tmp_path / "data/other", "Ant-v5", 1, [1] * 10)
-        path = tmp_path / "data" / kept
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
+@pytest.mark.parametrize("learning_starts, untrained", [(5_000, "10.0"), (4_999, None)])
+def test_untrained_policy_from_pixels_is_the_run_before_learning(tmp_path, learning_starts, untrained):
+    flags = dict(pixels=True, critic_lr=1e-3, learning_starts=learning_starts)
+    write_run(tmp_path, "Hopper-v5", 1, [10] + [50] * 9, **flags)  # evaluated at 5,000 steps
+    (row,) = table_rows(tmp_path)
+    assert row.get("untrained") == untrained and "random" not in row
+
+
+def test_best_published_return_is_of_our_protocol(tmp_path):
+    for env_id, mean in ("HalfCheetah-v5", 11653.0), ("Walker2d-v5", 2362.0), ("Pusher-v5", -30.0):
+        write_run(tmp_path, env_id, 1, [mean] * 10)
+    rows = report.best_table(read_runs(tmp_path)[0], report.Args())
+    cheetah, pusher, walker = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()[2:])
+    assert cheetah[4:] == ["11,652.9 ± 430.5", "1,000,000", "10", "Tianshou examples/mujoco, DDPG, v3", "higher"]
+    assert pusher[4:] == ["none", "", "", "", ""]  # only noisy training returns
+    # 3,098.11 is a maximum over time
+    assert walker[4:] == ["2,362.1", "1,000,000", "10", "Fujimoto et al. 2018, OurDDPG (AHE), v1", "**lower**"]
+
+
+def test_published_table_has_every_figure():
+    cells = report.published_table()
+    for row in read_csv(ROOT / "benchmark/published_returns.csv"):
+        spread = f" ± {float(row['std']):,.1f}" if row["std"] else ""
+        assert f"| {float(row['mean']):,.1f}{spread} ({row['env_version']}) |".replace("-", "−") in cells
+
+
+def export(*folders, to):
+    complete, incomplete, _ = read_runs(*folders)
+    report.export(complete + incomplete, to)
+
+
+def test_exports_of_a_sweep_as_it_grows(tmp_path):
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    write_run(runs, "Hopper-v5", 1, [1] * 10)
+    (write_run(runs, "Hopper-v5", 2, [1] * 9, complete=False) / "checkpoint.pt").touch()
+    export(runs, to=data)
+    assert [len(found) for found in read_runs(data)[:2]] == [1, 1] and not list(data.rglob("checkpoint.pt"))
+    shutil.rmtree(runs)  # another machine goes on
+    write_run(runs, "Hopper-v5", 2, [2] * 10)
+    export(runs, to=data)
+    complete, incomplete, _ = read_runs(data)
+    assert [run.evaluations["mean"].iloc[-1] for run in complete] == [1, 2] and not incomplete
+
+
+def test_export_neither_mixes_nor_deletes(tmp_path, capsys):
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    name = write_run(runs, "Hopper-v5", 1, [1] * 10).name
+    export(runs, to=data)
+    write_run(tmp_path / "other", "Hopper-v5", 1, [2] * 10)
+    write_run(tmp_path / "twins", "Hopper-v5", 1, [1] * 10)
+    write_run(tmp_path / "twins/again", "Hopper-v5", 1, [1] * 10, tau=0.01).rename(tmp_path / "twins/again" / name)
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+    for folder, reason in (
+        (data, "holds the runs themselves"),
+        (tmp_path / "other", "holds another run of that name"),
+        (tmp_path / "twins", "two of the runs have the same name"),
+        (runs, "holds more than an export"),
+    ):
+        if folder == runs:
+            (data / name / "model.pt").touch()  # somebody's run
         with pytest.raises(SystemExit):
-            report.export([run], tmp_path / "data")
-        assert "holds more than an export" in capsys.readouterr().err
-        assert len(list((tmp_path / "data").rglob("args.json"))) == 1
-        shutil.rmtree(tmp_path / "data")
-    with pytest.raises(SystemExit):  # two sweeps of one name
-        twin = write_run(tmp_path / "elsewhere/runs", "Hopper-v5", 1, [1] * 10)
-        report.export([run, *report.read_runs(report.Args(runs=(twin,)))[0]], tmp_path / "data")
-    assert "overwrite each other" in capsys.readouterr().err and not (tmp_path / "data").exists()
-
-
-def test_up_to_compares_runs_of_different_lengths(tmp_path):
-    write_run(tmp_path, "Hopper-v5", 1, range(60))
-    runs, _ = report.read_runs(report.Args(runs=(tmp_path,), up_to=100e3))
-    assert runs[0].last_step == 100_000 and runs[0].final_return == np.mean(range(10, 20))
-
-
-def test_interquartile_mean_and_interval():
-    assert report.interquartile_mean(np.array([0, 3, 4, 100]), np.array([5, 6, 7, 8])) == (4 + 5 + 6 + 7) / 4
-    # Strata are resampled by themselves: where each is constant, there is nothing to vary
-    assert tuple(report.interval([np.zeros(3), np.ones(3)], report.interquartile_mean)) == (0.5, 0.5)
-    # The level: against all the 5^5 samples that there are of five seeds
-    seeds = np.array([0.0, 1.0, 3.0, 7.0, 20.0])
-    means = [np.mean(sample) for sample in itertools.product(seeds, repeat=5)]
-    assert tuple(report.interval([seeds], np.mean)) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.15)
-
-
-def test_scores_are_normalised_by_the_random_policy_and_the_reference(tmp_path):
-    for env_id in ("Hopper-v5", "Pusher-v5", "Unheard-v0"):
-        write_run(tmp_path, env_id, 1, [50] * 10)
-    runs, _ = report.read_runs(report.Args(runs=(tmp_path,)))
-    rows, left_out = report.aggregate_rows(runs, "CleanRL docs")
-    (random_hopper, _), (random_pusher, _) = (report.baselines([run]) for run in runs[:2])
-    # CleanRL's torch script: 1,576.78 on Hopper-v4, -77.30 on Pusher-v4
-    scores = [(50 - random_hopper) / (1576.78 - random_hopper), (50 - random_pusher) / (-77.30 - random_pusher)]
-    assert rows[0]["IQM"] == f"{np.mean(scores):.2f}" and rows[0]["environments"] == "Hopper-v5, Pusher-v5"
-    assert left_out == ["Unheard-v0"]
-
-
-def test_untrained_policy_from_pixels_is_the_run_before_learning(tmp_path):
-    for seed, learning_starts in (1, 5_000), (2, 5_000), (3, 4_999):
-        flags = dict(pixels=True, critic_lr=1e-3, learning_starts=learning_starts)
-        write_run(tmp_path, "Hopper-v5", seed, [10 * seed] + [50] * 9, **flags)
-    runs, _ = report.read_runs(report.Args(runs=(tmp_path,)))
-    assert report.baselines([run for run in runs if run.seed < 3]) == (None, 15)
-    assert report.baselines([run for run in runs if run.seed == 3]) == (None, None)  # it has learned by then
+            export(folder, to=data)
+        assert reason in capsys.readouterr().err
+    (data / name / "model.pt").unlink()
+    assert before == {path: path.read_bytes() for path in data.rglob("*.*")}
 
 
 def test_page_is_made_from_the_exported_data(tmp_path):
     run_dir = write_run(tmp_path / "runs", "Hopper-v5", 1, range(0, 1000, 100))
-    with script.Log(run_dir) as log:
-        for step in (5000, 10000):
-            log.add({"eval/q_estimate": step / 100, "eval/discounted_return": 40.5}, step)
+    q, discounted = [(5000, 50.0), (10000, 100.0)], [(5000, 40.5), (10000, 40.5)]
+    episodes = [(step, float(step)) for step in range(100)]
+    tags = ("eval/q_estimate", q), ("eval/discounted_return", discounted), ("charts/episodic_return", episodes)
+    write_log(run_dir, dict(tags))
     data = tmp_path / "benchmark/results/short"
     assert run_report(tmp_path / "runs", "--export", data).returncode == 0
     exported = data / run_dir.name
@@ -374,13 +432,18 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     assert (exported / "q_estimates.csv").read_text() == (
         "global_step,q_estimate,discounted_return\n5000,50,40.5\n10000,100,40.5\n"
     )
+    assert (exported / "training_return.csv").read_text() == "episodes,mean\n100,49.5\n"
+    assert table_rows(data, training_return=True) == table_rows(tmp_path / "runs", training_return=True)
 
-    page = tmp_path / "README.md"
+    page, other = tmp_path / "README.md", tmp_path / "RESULTS.md"
     page.write_text("before\n<!-- results:short:begin -->\nold\n<!-- results:short:end -->\nafter\n")
-    made = run_report("--readme", page)
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    other.write_text("<!-- results:decisions:begin --show file table.csv -->\n<!-- results:decisions:end -->\n")
+    made = run_report("--pages", page, other)
     assert made.returncode == 0, made.stderr
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**450.0**" in text
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |\n" in other.read_text()
     assert (data / "learning_curves.png").exists() and (data / "q_estimates.png").exists()
     assert report.rendered(page) == text
     eval_csv = exported / "eval.csv"
@@ -388,22 +451,24 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     assert report.rendered(page) != text  # what the next test would notice
 
 
-def test_readme_agrees_with_the_committed_data(tmp_path):
-    page = ROOT / "README.md"
-    sections = report.SECTION.findall(page.read_text())
-    names = [name for _, name, *_ in sections]
-    assert names == ["first-run", "ddpg_continuous_action", "peer", "ddpg_paper_faithful", "pixels"]
-    assert page.read_text().count("<!-- results:") == 2 * len(names) + 2  # and two in the sentence that explains them
-    assert report.rendered(page) == page.read_text(), "run: python benchmark/report.py --readme README.md"
-    for _, name, flags, _ in sections:
-        args = report.section_args(name, flags, page)
-        report.write_report(report.read_runs(args)[0], args, tmp_path / name)
-        for made in (tmp_path / name).glob("*.[!p]*"):  # the PNG is the same figure as the SVG
-            assert made.read_bytes() == (args.out / made.name).read_bytes(), made.name
+def test_pages_agree_with_the_committed_data(tmp_path):
+    for name in ("README.md", "RESULTS.md"):
+        page = ROOT / name
+        assert report.rendered(page, tmp_path) == page.read_text(), (
+            "run: python benchmark/report.py --pages README.md RESULTS.md"
+        )
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (ROOT / target).exists(), f"{name} links to {target}"
+    drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.png"))
+    committed = ROOT / "benchmark/results"
+    assert drawn == sorted(path.relative_to(committed) for path in committed.glob("*/*.png"))
+    for figure in drawn:
+        different = compare_images(str(committed / figure), str(tmp_path / figure), tol=1)
+        assert different is None, different
 
 
 def test_committed_baselines_cover_the_published_set_up():
-    measured = {(row["env_id"], row["policy"]) for row in report.read_csv(ROOT / "benchmark/baselines.csv")}
+    measured = {(row["env_id"], row["policy"]) for row in read_csv(ROOT / "benchmark/baselines.csv")}
     for name in ("ddpg_continuous_action", "ddpg_paper_faithful"):
         shell = (ROOT / f"benchmark/{name}.sh").read_text()
         env_ids = shell.split("ENVS:-")[1].split("}")[0].split()
@@ -422,8 +487,8 @@ def test_baselines_are_measured():
 def test_committed_baselines_are_what_the_command_measures(tmp_path):
     args = baselines.Args(env_ids=("InvertedPendulum-v5",), out=tmp_path / "baselines.csv")
     baselines.main(args)
-    committed = report.read_csv(ROOT / "benchmark/baselines.csv")
-    assert report.read_csv(args.out) == [row for row in committed if row["env_id"] in args.env_ids]
+    committed = read_csv(ROOT / "benchmark/baselines.csv")
+    assert read_csv(args.out) == [row for row in committed if row["env_id"] in args.env_ids]
 
 
 def test_peer_leaves_the_same_files_and_is_evaluated_alike(tmp_path, monkeypatch, capsys):
@@ -433,8 +498,8 @@ def test_peer_leaves_the_same_files_and_is_evaluated_alike(tmp_path, monkeypatch
     run_dir = tmp_path / "runs/sb3_ddpg/Pendulum-v1__sb3_ddpg__1"
     assert [step for step, _ in evaluations(run_dir)] == [500, 1000, 1100]
     assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
-    (run,), _ = report.read_runs(report.Args(runs=(run_dir,)))
-    assert run.label == "sb3_ddpg" and len(report.q_estimates(run)) == 3
+    ((run,), _, _) = read_runs(run_dir)
+    assert len(run.q_estimates) == 3
 
     # It has no checkpoints: --resume starts over, so it must not take a run of the script for its own
     ours = write_run(tmp_path, "Pendulum-v1", 1, [1.0], complete=False)
