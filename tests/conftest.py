@@ -147,9 +147,17 @@ def weights(network) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
+def felt_weights(network) -> torch.Tensor:
+    """Without the biases just before a batch normalisation, which takes them out: their gradients are rounding."""
+    norm_after = {"input.bias": "norm1", "fc1.bias": "norm1", "fc2.bias": "norm2"}
+    norms = {name: getattr(network, norm_after.get(name, ""), None) for name, _ in network.named_parameters()}
+    felt = [p for name, p in network.named_parameters() if not isinstance(norms[name], torch.nn.BatchNorm1d)]
+    return torch.cat([parameter.detach().flatten() for parameter in felt])
+
+
 def agent(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
     """The script's own agent in such spaces; the paper's without batch normalisation unless asked for."""
-    flags = ({"batch_norm": False} if script is paper else {}) | flags
+    flags = ({"batch_norm": "none"} if script is paper else {}) | flags
     spaces = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(np.float32(low), np.float32(high))
     return script.DDPG(script.Args(**flags), *spaces, CPU)
 
@@ -160,13 +168,13 @@ def networks(script, *args, **kwargs):
     return made.actor, made.qf
 
 
-def random_batch(script, obs_dim=3, action_dim=1, n=32):
+def random_batch(script, obs_dim=3, action_dim=1, n=32, gamma=0.99):
     return script.Batch(
         obs=torch.randn(n, obs_dim),
         action=torch.rand(n, action_dim) * 2 - 1,
         reward=torch.randn(n),
         next_obs=torch.randn(n, obs_dim),
-        terminated=(torch.rand(n) < 0.2).float(),
+        discount=gamma * (torch.rand(n) > 0.2),
     )
 
 
