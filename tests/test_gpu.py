@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, agent, felt_weights, tuned, weights
+from conftest import ROOT, agent, felt_weights, paper, tuned, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -26,6 +26,7 @@ class Training:
         torch.manual_seed(seed)
         device = torch.device(device)
         rates = {"learning_rate": 1e-3} if script is tuned else {"actor_lr": 1e-3, "critic_weight_decay": 0}
+        self.script, self.flags = script, flags
         self.agent = script.DDPG(script.Args(tau=0.005, **rates | flags), *SPACES, device)
         self.explore = self.agent.explore
         buffer, rng = script.ReplayBuffer(1000, OBS_DIM, ACTION_DIM, device), np.random.default_rng(seed)
@@ -39,9 +40,33 @@ class Training:
 
         self.learn = learn
 
+    def begin_episode(self, global_step):
+        """What main does between the calls that may be graphed."""
+        self.agent.noise.reset()
+        if self.flags:
+            self.agent.anneal_noise(global_step)
+            self.agent.noise.adapt(self.agent.obs)
+
     @property
     def networks(self):
         return self.agent.actor, self.agent.qf, self.agent.target_actor, self.agent.target_qf
+
+
+CASES = {
+    "tuned": (tuned, {}),
+    "paper": (paper, {}),
+    "with what can be added": (
+        tuned,
+        dict(noise="parameter", layer_norm="both", target_noise=0.2, noise_anneal_steps=9),
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def training_on(request):
+    """training_on(device) is such a training, always from the same seed."""
+    script, flags = CASES[request.param]
+    return lambda device: Training(script, device, **flags)
 
 
 class NoHostReads(TorchDispatchMode):
@@ -53,11 +78,12 @@ class NoHostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_update_and_acting_read_nothing_back_to_the_host(script):
-    training = Training(script)
+def test_the_update_and_acting_read_nothing_back_to_the_host(training_on):
+    training = training_on("cpu")
     with NoHostReads():
-        training.explore()
         for step in range(6):
+            training.begin_episode(step)
+            training.explore()
             training.learn(step % 2 == 0)
     with pytest.raises(AssertionError, match="reads a value back"), NoHostReads():  # the check itself can fail
         training.learn()[0]["losses/qf1_loss"].item()
@@ -173,15 +199,15 @@ def side_stream():
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_graphed_run_agrees_with_an_eager_one(script, compiled, side_stream, monkeypatch):
+def test_a_graphed_run_agrees_with_an_eager_one(training_on, compiled, side_stream, monkeypatch):
     """500 updates, critic alone and both in turn, to 1e-5; compiled, with other kernels, 20 updates' losses to 1e-3."""
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # or it draws other numbers than torch
     steps, tolerance = (20, 1e-3) if compiled else (500, 1e-5)
     runs = []
     for graphed in (False, True):
-        training = Training(script, "cuda")
+        training = training_on("cuda")
         learn = torch.compile(training.learn) if graphed and compiled else training.learn
-        learn = script.cuda_graphed(learn) if graphed else learn
+        learn = training.script.cuda_graphed(learn) if graphed else learn
         torch.manual_seed(3)
         losses, batches = [], []
         for step in range(steps):
@@ -200,27 +226,32 @@ def test_a_graphed_run_agrees_with_an_eager_one(script, compiled, side_stream, m
 
 @gpu
 @needs_gpu
-def test_the_update_never_waits_for_the_device(script):
-    training = Training(script, "cuda")
-    training.learn()
+def test_the_update_never_waits_for_the_device(training_on):
+    training = training_on("cuda")
+    training.explore(), training.learn()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5):
-            training.explore(), training.learn()
+        for step in range(5):
+            training.begin_episode(step), training.explore(), training.learn()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu
 @needs_gpu
-def test_graphed_acting_follows_the_observation_and_the_learning(script, side_stream):
-    """The graph reads the observation and the weights where they lie: also after learning, and after restoring."""
-    training = Training(script, "cuda")
+def test_graphed_acting_follows_the_observation_and_the_learning(training_on, side_stream):
+    """The graph reads observation, weights and noise where they lie: also after learning, and after restoring."""
+    training = training_on("cuda")
     agent, obs = training.agent, np.random.default_rng(0).normal(size=(20, OBS_DIM))
-    agent.explore = script.cuda_graphed(agent.explore)
+    agent.explore = training.script.cuda_graphed(agent.explore)
     saved = copy.deepcopy(agent.state_dict())
     for i, each in enumerate(obs):
+        if i % 5 == 0:
+            training.begin_episode(i)
         action = agent.act(each)
+        if training.flags:
+            expected = agent.actor.clip(agent.noise.perturbed(agent.obs))
+            np.testing.assert_allclose(action, expected[0].detach().cpu(), atol=1e-6)
         greedy = agent.actor(torch.tensor(each[None], dtype=torch.float32, device="cuda"))
         np.testing.assert_allclose(agent.actions[0], greedy[0].detach().cpu(), atol=1e-6)
         assert (action != agent.actions[0]).any()
@@ -234,6 +265,7 @@ def test_graphed_acting_follows_the_observation_and_the_learning(script, side_st
 def test_with_graphs_it_learns_pendulum_and_resumes(script, tmp_path):
     flags = ["--env-id", "Pendulum-v1", "--learning-starts", "1000", "--eval-interval", "5000", "--cudagraphs"]
     flags += ["--total-timesteps", "20000", "--checkpoint-interval", "10000", "--keep-checkpoint", "--run-name", "run"]
+    flags += ["--final-eval-episodes", "10"]
     subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", *flags], cwd=tmp_path, check=True)
     score = json.loads((tmp_path / "runs/run/result.json").read_text())
     last = float((tmp_path / "runs/run/eval.csv").read_text().splitlines()[-1].split(",")[1])
