@@ -92,9 +92,12 @@ def test_a_run_with_parameter_noise(run, made, monkeypatch):
         def spy(noise, *args, method=method, name=name):
             method(noise, *args)
             calls.append((name, noise.sigma.item(), weights(noise.perturbed)))
+            assert not args or args[0].shape == (16, 2)  # a batch
 
         monkeypatch.setattr(tuned.ParameterNoise, name, spy)
-    run_dir = run(tuned, noise="parameter", layer_norm="actor", total_timesteps=300, eval_interval=100)
+    run_dir = run(
+        tuned, noise="parameter", layer_norm="actor", total_timesteps=300, learning_starts=30, eval_interval=100
+    )
     sigmas = [sigma for name, sigma, _ in calls if name == "adapt"]
     assert len(sigmas) == 6  # 50, 100, ..., 300
     for old, new in pairwise([0.1, *sigmas]):
@@ -110,7 +113,6 @@ def test_a_run_with_parameter_noise(run, made, monkeypatch):
 
 @pytest.mark.parametrize("layer_norm, warnings", [("none", 1), ("critic", 1), ("actor", 0), ("both", 0)])
 def test_parameter_noise_without_layer_normalisation_is_warned_of(layer_norm, warnings, capfd):
-    tuned.warn.cache_clear()
     with_parameter_noise(layer_norm=layer_norm)
     said = capfd.readouterr().err
     assert said.count("warning: ") == said.count("\n") == said.count("--layer-norm actor") == warnings

@@ -123,13 +123,14 @@ def averages(network):
     return {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
 
 
-def test_running_averages_by_hand():
+@pytest.mark.parametrize("flags, mean, var", [({}, 0.2, 1.1), (dict(batch_norm_momentum=0.3), 0.6, 1.3)])
+def test_running_averages_by_hand(flags, mean, var):
     """Observations 1 and 3: mean 2, variance 2 (of a sample). A tenth of the way from (0, 1) is (0.2, 1.1)."""
-    learner = agent(paper, batch_norm="both")
+    learner = agent(paper, batch_norm="both", **flags)
     obs = torch.tensor([[1.0] * 3, [3.0] * 3])
     learner.update(paper.Batch(obs, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)), False)
-    torch.testing.assert_close(learner.qf.input.running_mean, torch.tensor([0.2] * 3))
-    torch.testing.assert_close(learner.qf.input.running_var, torch.tensor([1.1] * 3))
+    torch.testing.assert_close(learner.qf.input.running_mean, torch.tensor([mean] * 3))
+    torch.testing.assert_close(learner.qf.input.running_var, torch.tensor([var] * 3))
 
 
 def test_acting_depends_on_no_batch():
@@ -212,8 +213,17 @@ def test_the_model_says_how_to_rebuild_it(run, flags):
         getattr(rebuilt, name).load_state_dict(saved[name])
 
 
-def test_no_batch_norm_means_none(run):
-    assert not [name for name in model(run(paper, batch_norm="none"))["actor"] if "running" in name or "norm" in name]
+@pytest.mark.parametrize("which", ["none", "actor", "both"])
+def test_batch_normalisation_is_where_it_should_be(which):
+    """In the networks and their targets: at the input and before each ReLU; in the critic not after the action."""
+    learner = agent(paper, batch_norm=which)
+    for name, kinds, places in (
+        ("actor", ("actor", "both"), ["input", "norm1", "norm2"]),
+        ("qf", ("both",), ["input", "norm1"]),
+    ):
+        for network in getattr(learner, name), getattr(learner, f"target_{name}"):
+            found = [place for place, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm1d)]
+            assert found == (places if which in kinds else [])
 
 
 # Ornstein-Uhlenbeck noise
