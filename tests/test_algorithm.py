@@ -1,6 +1,7 @@
 """The algorithm's parts, held against hand-computed numbers, plain Python, and stable-baselines3."""
 
 import copy
+import io
 import json
 import random
 import re
@@ -361,6 +362,48 @@ def test_adam_by_the_textbook(script):
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         by_hand = by_hand - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
         np.testing.assert_allclose(numpy(w), by_hand, rtol=1e-5, atol=1e-6)
+
+
+# Its state
+
+STATES = {
+    "tuned": (tuned, {}),
+    "tuned, OU noise": (tuned, dict(noise="ou", noise_anneal_steps=100, target_noise=0.2)),
+    "tuned, parameter noise": (tuned, dict(noise="parameter", layer_norm="both")),
+    "paper": (paper, dict(batch_norm="both")),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_an_agent_goes_on_from_its_saved_state(case):
+    """Acting and learning, from the middle of an episode, to the byte; another agent's own state leaves no trace."""
+    script, flags = STATES[case]
+
+    def go_on(learner, episode=False):
+        if episode:
+            learner.noise.reset()
+        actions = []
+        for step in range(1, 6):
+            if flags.get("noise_anneal_steps"):
+                learner.anneal_noise(step if episode else 10 + step)
+            if flags.get("noise") == "parameter":
+                learner.noise.adapt(torch.randn(8, 3))
+            actions += learner.act(np.float32([step, 0, 1])).tolist()
+            learner.update(random_batch(script))
+        return actions, *map(torch.Tensor.tolist, all_weights(learner))
+
+    learner, file = agent(script, **flags), io.BytesIO()
+    go_on(learner, episode=True)
+    torch.save(learner.state_dict(), file)
+    file.seek(0)
+    other = agent(script, **flags)
+    go_on(other, episode=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    outcomes = []
+    for each in learner, other:
+        torch.manual_seed(7)
+        outcomes.append(go_on(each))
+    assert outcomes[0] == outcomes[1]
 
 
 # Action units
