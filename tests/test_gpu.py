@@ -159,11 +159,12 @@ def test_the_function_to_be_graphed_gives_the_numbers_of_the_usual_style(script)
 
 
 @pytest.mark.parametrize("flag", ["--cudagraphs", "--compile"])
-def test_without_a_gpu_the_flags_are_refused_in_one_line(script, flag, tmp_path):
-    command = [sys.executable, ROOT / f"{script.SCRIPT}.py", flag, "--no-cuda"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (run.returncode, run.stdout, len(run.stderr.splitlines())) == (2, "", 1)
-    assert "CUDA" in run.stderr and not list(tmp_path.iterdir())
+def test_without_a_gpu_the_flags_are_refused_in_one_line(script, flag, cli, tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        cli(script, flag, "--no-cuda")
+    said = capfd.readouterr()
+    assert (end.value.code, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert "CUDA" in said.err and not list(tmp_path.iterdir())
 
 
 class EndsAtOnce(gym.Wrapper):
