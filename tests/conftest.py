@@ -1,5 +1,6 @@
 """What the tests share: the two scripts as modules, runs of them in this process or another, and their outputs."""
 
+import ast
 import csv
 import os
 import signal
@@ -14,7 +15,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import tyro
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
@@ -54,6 +54,8 @@ def own_process_state():
         torch.backends.cudnn.deterministic,
     )
     torch.manual_seed(0)
+    for script in SCRIPTS:
+        script.warn.cache_clear()  # each text once a process
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -95,12 +97,14 @@ def made(monkeypatch):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch):
-    """cli(script, "--flag", ...) is the script's last line, under that command line, in an empty folder."""
+    """cli(script, "--flag", ...) runs the script's `__main__` block, under that command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def cli(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *map(str, flags)])
-        return script.main(tyro.cli(script.Args))
+        block = ast.parse(Path(script.__file__).read_text()).body[-1]
+        assert ast.unparse(block.test) == "__name__ == '__main__'"
+        exec(compile(ast.Module(block.body, []), script.__file__, "exec"), dict(vars(script)))
 
     return cli
 
