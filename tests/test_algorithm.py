@@ -670,3 +670,18 @@ def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(sc
     allowed.clear()
     run(script, matmul="auto", run_name="other")
     assert set().union(*allowed.values()) == {"highest"} and "products by mkl" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_bytes_by_onednn_too(script, threads, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # which this sets, for good
+    torch.set_num_threads(threads)
+    outcomes = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        learner = agent(script)
+        _, learn = script.accelerated(None, learner.update, script.Args(matmul="onednn"), CPU)
+        for _ in range(3):
+            learn(random_batch(script, n=64))
+        outcomes.append(torch.cat(all_weights(learner)))
+    assert torch.equal(*outcomes)
