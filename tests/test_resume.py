@@ -403,7 +403,7 @@ def test_stopped(tmp_path, uninterrupted, moment):
     run_dir = tmp_path / "runs/x"
     step = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
     assert step % 200 == 0
-    assert ended.output.endswith(f"\nstopped by {number.name}. Resume it, from step {step}, with --resume runs/x\n")
+    assert ended.output.endswith(f"\nstopped by {number.name}. Resume it with --resume runs/x (from step {step})\n")
     assert "Error" not in ended.output and "Exception" not in ended.output
     assert not list(run_dir.glob("*.tmp"))
     assert torch.load(run_dir / "model.pt", weights_only=True)["global_step"] % 200 == 0
@@ -417,7 +417,7 @@ def test_an_evaluation_under_way_stops_at_its_next_step(tmp_path):
     hook = before(STEP, 10_000, send(signal.SIGTERM)) + before(STEP, 12_000, "print('still evaluating')")
     ended = run(tmp_path, TUNED, f"{PENDULUM} --eval-interval 50 --eval-episodes 2000", hook)
     assert ended.code == 143 and "still evaluating" not in ended.output, ended.output
-    assert "stopped by SIGTERM. Resume it, from step 0, with" in ended.output
+    assert "stopped by SIGTERM. Resume it with --resume runs/x (from the start: no checkpoint yet)" in ended.output
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path):
@@ -437,7 +437,7 @@ def test_an_error_of_the_environment(tmp_path, uninterrupted, script):
     """After 100 steps of the second episode: with 2 x 200 steps of an evaluation, Pendulum's 700th."""
     ended = run(tmp_path, script, PENDULUM, before(STEP, 700, "raise ValueError('the simulator broke')"))
     assert ended.code == 1 and "Traceback" in ended.output
-    last = "This ended the run at step 300. Resume it, from step 200, with --resume runs/x"
+    last = "This ended the run at step 300. Resume it with --resume runs/x (from step 200)"
     assert ended.output.endswith(f"\nValueError: the simulator broke\n{last}\n")
     assert run(tmp_path, script, "--resume runs/x").code == 0
     assert outcome(tmp_path / "runs/x") == uninterrupted(script, PENDULUM)[0]
