@@ -55,7 +55,8 @@ def load_agent(folder: Path):
     script = importlib.import_module(model["script"])
     args = script.Args(**model["args"])
     env = script.make_env(args, render=True)
-    if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # gymnasium 1.4's own choice stands still
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer and not getattr(args, "pixels", False):  # gymnasium 1.4's choice stands still; a pixel policy knows it
         renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # -1: none
     agent = script.DDPG(args, env.observation_space, env.action_space, torch.device("cpu"))
     agent.load_state_dict({name: state for name, state in model.items() if name in vars(agent)})
