@@ -537,6 +537,7 @@ EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
 CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
+STATELESS_WRAPPERS = "CopiedArrays", "PixelObservation", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
@@ -801,9 +802,9 @@ def saved_args(args: Args) -> Args:
 
 
 def differing(saved: dict, args: Args) -> dict:
-    """The saved flags, other than those that a resumed run may change, that differ from `args`."""
+    """The saved flags that differ from `args`, except for those that a resumed run may change."""
     flags = {name: value for name, value in asdict(args).items() if name not in ("resume", "total_timesteps")}
-    return {name: saved.get(name) for name, value in flags.items() if saved.get(name) != value}
+    return {name: saved[name] for name, value in flags.items() if name in saved and saved[name] != value}
 
 
 def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
@@ -929,8 +930,7 @@ def finish_films(envs: list[gym.Env]):
 
 def resets_exactly(env: gym.Env) -> bool:
     """Whether an episode depends on nothing but the environment's random generator."""
-    stateless = gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, CopiedArrays
-    while isinstance(env, stateless) or type(env).__module__ == __name__:
+    while type(env).__name__ in STATELESS_WRAPPERS:
         env = env.env
     return type(env).__module__.startswith(EXACT_ENVS)
 

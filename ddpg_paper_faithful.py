@@ -22,15 +22,18 @@
 
 | paper silent        | here                           | because                                                       |
 |---------------------|--------------------------------|---------------------------------------------------------------|
-| mode for targets    | the batch's own statistics     | experiment: best on one task, within the spread on the other  |
-| OU time step        | 1: its noise forgets in 6      | experiment: better on both tasks than 0.01, forgetting in 666 |
-| warm-up             | 1,000 uniformly random steps   | experiment: level with 64; 10,000 of its 20,000 were too many |
+| targets' statistics | the batch's own                | tried, 20,000 steps: best on one task, level on the other     |
+| Q's in mu's loss    | the batch's own                | as in the critic's own loss; rllab has running averages there |
+| running averages    | momentum 0.1                   | torch's default; 0.001 helped one of two seeds in a trial     |
 | normalisation where | before ReLU, not at the output | as its inventors do; section 7 has the output start near zero |
+| OU time step        | 1: its noise forgets in 6      | tried, 20,000 steps: better on both tasks than 0.01           |
+| warm-up             | 1,000 uniformly random steps   | tried, 20,000 steps: level with 64, better than 10,000        |
 | terminal states     | no value after `terminated`    | nothing is earned there; Algorithm 1 would bootstrap always   |
-| L2: biases; factor  | all of Q; gradient of w/2 x^2  | "on Q", and what weight_decay stands for in libraries         |
+| L2: where; factor   | weights; gradient of w/2 x^2   | "weight decay": rllab and OpenAI Baselines spare biases too   |
+| actions in Q        | rescaled to [-1, 1]            | else their units decide how much of Q's input they are        |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-The experiment is benchmark/paper_decisions.py; its result, on two environments, lies in benchmark/results/.
+What was tried on Pendulum-v1 and InvertedPendulum-v5, three seeds each, is in RESULTS.md with its figures.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
@@ -555,6 +558,7 @@ EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
 CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
+STATELESS_WRAPPERS = "CopiedArrays", "PixelObservation", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
@@ -819,9 +823,9 @@ def saved_args(args: Args) -> Args:
 
 
 def differing(saved: dict, args: Args) -> dict:
-    """The saved flags, other than those that a resumed run may change, that differ from `args`."""
+    """The saved flags that differ from `args`, except for those that a resumed run may change."""
     flags = {name: value for name, value in asdict(args).items() if name not in ("resume", "total_timesteps")}
-    return {name: saved.get(name) for name, value in flags.items() if saved.get(name) != value}
+    return {name: saved[name] for name, value in flags.items() if name in saved and saved[name] != value}
 
 
 def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
@@ -947,8 +951,7 @@ def finish_films(envs: list[gym.Env]):
 
 def resets_exactly(env: gym.Env) -> bool:
     """Whether an episode depends on nothing but the environment's random generator."""
-    stateless = gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, CopiedArrays
-    while isinstance(env, stateless) or type(env).__module__ == __name__:
+    while type(env).__name__ in STATELESS_WRAPPERS:
         env = env.env
     return type(env).__module__.startswith(EXACT_ENVS)
 
