@@ -37,7 +37,7 @@ def main(args: Args):
         "Ornstein-Uhlenbeck, sigma 0.2, dt = 1": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 1.0), "#0072B2"),
         "Ornstein-Uhlenbeck, sigma 0.2, dt = 0.01": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 0.01), "#D55E00"),
     }
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9})
+    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8})
     figure, (paths, reach, memory) = plt.subplots(1, 3, figsize=(9.3, 2.8), layout="constrained")
     for label, (noise, color) in noises.items():
         x = torch.stack([noise.sample().clone() for _ in range(SETTLED + 2 * STEPS)])  # (steps, processes)

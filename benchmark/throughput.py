@@ -74,7 +74,7 @@ class Entry:
     script: str
     python: str = sys.executable
     flags: list[str] = field(default_factory=list)
-    root: Path = ROOT  # the folder of the script's repository
+    root: Path = field(default_factory=lambda: ROOT)  # of the repository that holds the script
 
 
 def parse_entry(text: str) -> Entry:
