@@ -11,7 +11,7 @@ import csv
 import functools
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
     for seed in range(1, episodes // EVAL_EPISODES + 1):
         torch.manual_seed(seed)
         agent = module.DDPG(args, envs[0].observation_space, envs[0].action_space, torch.device("cpu"))
-        first_seed = 10_000 * (seed + 1)  # as in a run with that seed
+        first_seed = module.first_eval_seed(replace(args, seed=seed))
         returns.append(module.evaluate(agent, envs, first_seed, args.max_eval_steps)[0].mean())
     return returns
 

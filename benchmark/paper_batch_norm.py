@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_paper_faithful as paper
@@ -62,8 +61,5 @@ class DDPG(paper.DDPG):
 
 
 if __name__ == "__main__":
-    paper.SCRIPT, paper.Args, paper.DDPG = SCRIPT, Args, DDPG  # which its main, --resume and --evaluate look up
-    args = tyro.cli(Args)
-    if args.resume or args.evaluate:
-        args = tyro.cli(Args, default=paper.saved_args(args))
-    paper.main(args)
+    paper.SCRIPT, paper.Args, paper.DDPG = SCRIPT, Args, DDPG  # which the script's functions look up
+    paper.main(paper.parse_args())

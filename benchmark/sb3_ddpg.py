@@ -8,14 +8,13 @@ over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resum
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from stable_baselines3 import DDPG
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
@@ -27,6 +26,12 @@ SCRIPT = Path(__file__).stem
 NOT_FOR_SB3 = (
     "evaluate track cudagraphs compile policy_frequency noise noise_anneal_steps layer_norm n_step target_noise"
 )
+
+
+@dataclass
+class Args(script.Args):
+    exp_name: str = SCRIPT
+    """name of the experiment, part of the run's name"""
 
 
 class Actor(nn.Module):
@@ -53,7 +58,7 @@ def as_agent(model: DDPG, args: script.Args) -> SimpleNamespace:
         scaled = 2 * (action - actor.low) / (actor.high - actor.low) - 1
         return model.critic.q1_forward(obs, scaled).squeeze(1)
 
-    return SimpleNamespace(actor=actor, qf=qf, args=args, obs=torch.zeros(0, device=model.device))
+    return SimpleNamespace(actor=actor, qf=qf, args=args, device=model.device)
 
 
 class Protocol(BaseCallback):
@@ -122,8 +127,5 @@ def main(args: script.Args):
 
 
 if __name__ == "__main__":
-    script.SCRIPT = SCRIPT  # a checkpoint, which this one never writes, is another's
-    args = tyro.cli(script.Args, default=script.Args(exp_name=SCRIPT))
-    if args.resume:
-        args = tyro.cli(script.Args, default=script.saved_args(args))
-    main(args)
+    script.SCRIPT, script.Args = SCRIPT, Args  # which the script's functions look up
+    main(script.parse_args())
