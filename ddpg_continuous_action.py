@@ -576,7 +576,8 @@ class Run:
         record = self.open_folder(checkpoint)
         shapes = f"observations {env.observation_space.shape}, actions {env.action_space.shape}"
         print_line(f"{args.env_id}: {shapes}; results in {self.dir}")
-        print_line(f"{device}, CPU threads: {torch.get_num_threads()}, products by {args.matmul}")
+        products = f", products by {args.matmul}" if device.type == "cpu" else ""
+        print_line(f"{device}, CPU threads: {torch.get_num_threads()}{products}")
         if device.type == "cuda" or not resets_exactly(env):
             print_line("note: a resumed run is not exact here, on a GPU or where reset does not set the whole state")
         if args.track:
@@ -720,7 +721,8 @@ class Run:
             "env_id": self.args.env_id,
             "obs_shape": self.env.observation_space.shape,
             "global_step": self.global_step,
-            "args": asdict(self.args) | {"resume": None},
+            # By way of JSON, as in a resumed run: pickle writes a string that is the same object twice only once
+            "args": json.loads(json.dumps(asdict(self.args) | {"resume": None})),
         }
         self.written = save(self.dir / "model.pt", contents | about) and self.written
 
@@ -1242,13 +1244,14 @@ def multiplied_by_onednn(learn):
     torch hands fp32 products to oneDNN where bf16 is allowed; the capped instruction set has none: they stay fp32.
     """
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first use
+    usual = torch.get_float32_matmul_precision()
 
     def learn_by_onednn(*args):
         torch.set_float32_matmul_precision("medium")
         try:
             return learn(*args)
         finally:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision(usual)
 
     return learn_by_onednn
 
