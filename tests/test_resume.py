@@ -622,7 +622,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     ended = run(tmp_path, TUNED, "--resume runs/x --total-timesteps 8060", hook)
     words = ended.output.split()
     assert ended.code == 0 and float(words[words.index("loaded:") + 1]) < used + 30  # what is mapped doesn't count
-    assert "not here" in ended.output  # and it says that such an environment is not resumed exactly
+    assert "note: a resumed run is not exact here" in ended.output
 
 
 def test_a_resumed_run_lets_go_of_the_checkpoint_it_came_from(broken_off):
