@@ -258,9 +258,10 @@ def report(args: Args, folder: Path):
         (first, peer) for peer in entries[1:] if peer.script.startswith("benchmark/") or peer.script == first.script
     ]
     ours = [entry for entry in entries if "/" not in entry.script]
+    older = {}
     if args.against:
-        pairs += [(entry, older_version(entry, args.against, folder)) for entry in ours]
-    older = [other for _, other in pairs if other not in entries]
+        older = {entry.script: older_version(entry, args.against, folder) for entry in ours}
+        pairs += [(entry, older[entry.script]) for entry in ours]
 
     about = provenance(torch.device("cpu"))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -268,7 +269,7 @@ def report(args: Args, folder: Path):
     yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"
     yield f"{args.cores} cores; `--matmul auto` stands for {'onednn' if mkl_holds_back() else 'mkl'} here."
     yield from (f"\n{line}" for line in skipped)
-    yield from training_tables(args, entries + older, pairs)
+    yield from training_tables(args, [*entries, *older.values()], pairs)
     yield from update_tables(args, list(dict.fromkeys(entry.script for entry in ours)))
     yield from side_by_side_table(args, first)
 

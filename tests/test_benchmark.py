@@ -750,7 +750,7 @@ def test_throughput_of_today_and_of_an_older_commit(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(throughput, "ROOT", root)
     monkeypatch.setattr(throughput, "update_tables", lambda args, scripts: [f"updates of {scripts}"])
-    scripts = name, "benchmark/jax_ddpg.py", "benchmark/missing.py"
+    scripts = name, f"{name} --final-eval-episodes 1", "benchmark/jax_ddpg.py", "benchmark/missing.py"
     out = tmp_path / "page.md"
     args = throughput.Args(scripts=scripts, against="HEAD", steps=1000, rounds=1, threads=(1,), cores=2, out=out)
     throughput.main(args)
@@ -759,6 +759,8 @@ def test_throughput_of_today_and_of_an_older_commit(tmp_path, monkeypatch, capsy
     assert f"\n| {name} | 200 (200 to 200) |\n" in page
     assert f"\n| {name} at HEAD | 100 (100 to 100) |\n" in page
     assert f"\n| {name} / {name} at HEAD | 2.00 (2.00 to 2.00) |\n" in page
+    assert f"\n| {name} --final-eval-episodes 1 / {name} at HEAD | 2.00 (2.00 to 2.00) |\n" in page
+    assert page.count(f"\n| {name} at HEAD | ") == 1  # measured once, though compared twice
     assert "\n| 2 | 400 (400 to 400) | 2.00 (2.00 to 2.00) |\n" in page  # side by side
     assert "Left out: benchmark/jax_ddpg.py: ModuleNotFoundError: No module named 'no_such_library'\n" in page
     assert "Left out: benchmark/missing.py: no such file\n" in page
