@@ -623,7 +623,7 @@ class Run:
                 log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
         except OSError as error:
             exit_unless(False, f"cannot write to {self.dir}: {error}")
-        record["args"] = asdict(self.args) | {"resume": None}
+        record |= {"script": SCRIPT, "args": asdict(self.args) | {"resume": None}}
         if self.args.track:
             record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not the run's name, which other folders may hold too
         exit_unless(save(args_path, json.dumps(record, indent=2)), f"cannot write to {self.dir}")
@@ -838,7 +838,9 @@ def saved_args(args: Args) -> Args:
     run_dir = Path(args.resume or args.evaluate)
     try:
         if args.resume:
-            flags = json.loads((run_dir / "args.json").read_text())["args"]
+            record = json.loads((run_dir / "args.json").read_text())
+            exit_unless(record.get("script", SCRIPT) == SCRIPT, f"{run_dir} holds no run of {SCRIPT}.py")
+            flags = record["args"]
         else:
             exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {SCRIPT}.py with a model.pt")
             flags = load(run_dir / "model.pt", "cpu", script=SCRIPT)["args"]
