@@ -203,7 +203,7 @@ class Actor(nn.Module):
         return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
 
     def clip(self, action):
-        """Noise takes actions out of the bounds, and so, by a hair, does the rounding of scale and bias."""
+        """Noise takes actions out of bounds; so, by a hair, does rounding in scale and bias."""
         return action.clamp(self.action_low, self.action_high)
 
 
@@ -439,8 +439,8 @@ class DDPG:
 def wrap(env: gym.Env, args: Args) -> gym.Env:
     """The place for wrappers, in training and evaluation alike.
 
-    One with a state of its own, like NormalizeObservation, has another in each environment, and no checkpoint holds
-    it: such a state belongs into DDPG.
+    One with state of its own, like NormalizeObservation, has a separate one in each environment, and no checkpoint
+    holds it: such state belongs in DDPG.
     """
     return env
 
@@ -576,10 +576,12 @@ class Run:
         record = self.open_folder(checkpoint)
         shapes = f"observations {env.observation_space.shape}, actions {env.action_space.shape}"
         print_line(f"{args.env_id}: {shapes}; results in {self.dir}")
-        products = f", products by {args.matmul}" if device.type == "cpu" else ""
+        products = (
+            f", matrix products by {dict(mkl='MKL', onednn='oneDNN')[args.matmul]}" if device.type == "cpu" else ""
+        )
         print_line(f"{device}, CPU threads: {torch.get_num_threads()}{products}")
         if device.type == "cuda" or not resets_exactly(env):
-            print_line("note: a resumed run is not exact here, on a GPU or where reset does not set the whole state")
+            print_line("note: resuming will not be exact here (on a GPU, or where reset does not set the whole state)")
         if args.track:
             import wandb
 
@@ -623,17 +625,17 @@ class Run:
                 log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
         except OSError as error:
             exit_unless(False, f"cannot write to {self.dir}: {error}")
-        record |= {"script": SCRIPT, "args": asdict(self.args) | {"resume": None}}
+        record |= {"script": SCRIPT, "args": as_saved(self.args)}
         if self.args.track:
             record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not the run's name, which other folders may hold too
         exit_unless(save(args_path, json.dumps(record, indent=2)), f"cannot write to {self.dir}")
         return record
 
     def __enter__(self):
+        self.log = Log(str(self.dir))
         self.handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.excepthook = threading.excepthook
         threading.excepthook = functools.partial(quiet_log_writer, self.excepthook)
-        self.log = Log(str(self.dir))
         flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
         self.log.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
         self.plain = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines for a log instead of the bar
@@ -661,7 +663,7 @@ class Run:
         return f"Resume it with --resume {self.dir} ({start})"
 
     def steps(self):
-        """The numbers of the steps still to do."""
+        """The numbers of the remaining steps."""
         for step in range(self.global_step + 1, self.args.total_timesteps + 1):
             self.stop_if_asked()
             self.global_step = step
@@ -676,7 +678,7 @@ class Run:
             sys.exit(128 + stop_signals[0])
 
     def record_step(self, reward, episode_over) -> Due:
-        """Count the step in, log the return of an episode that is over, and say what is due now."""
+        """Count the step, log the return of an episode that is over, and say what is due now."""
         args, step = self.args, self.global_step
         self.episode_return += float(reward)
         self.episode_length += 1
@@ -685,7 +687,9 @@ class Run:
         interval = args.checkpoint_interval
         overdue = interval > 0 and step // interval > self.last_checkpoint // interval
         if overdue and self.episode_length > interval and not self.env.spec.max_episode_steps:
-            warn(f"no checkpoint since step {self.last_checkpoint:,}: one is written only when the episode has ended")
+            warn(
+                f"no checkpoint since step {self.last_checkpoint:,}: checkpoints are written only when an episode ends"
+            )
         checkpoint = overdue and episode_over
         if episode_over:
             scalars = {"charts/episodic_return": self.episode_return, "charts/episodic_length": self.episode_length}
@@ -721,8 +725,7 @@ class Run:
             "env_id": self.args.env_id,
             "obs_shape": self.env.observation_space.shape,
             "global_step": self.global_step,
-            # By way of JSON, as in a resumed run: pickle writes a string that is the same object twice only once
-            "args": json.loads(json.dumps(asdict(self.args) | {"resume": None})),
+            "args": as_saved(self.args),
         }
         self.written = save(self.dir / "model.pt", contents | about) and self.written
 
@@ -733,7 +736,7 @@ class Run:
         checkpoint = {
             "script": SCRIPT,
             "format": CHECKPOINT_FORMAT,
-            "args": asdict(self.args) | {"resume": None},
+            "args": as_saved(self.args),
             "global_step": self.global_step,
             "seconds": time.time() - self.start_time,
             "eval_rows": self.eval_rows,
@@ -798,7 +801,7 @@ def evaluate_run(args: Args):
     finish_films(envs)
     for each in [env, *envs]:
         each.close()
-    score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+    score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episode{'s' * (len(returns) > 1)}"
     print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
 
 
@@ -834,7 +837,7 @@ def parse_args() -> Args:
 
 def saved_args(args: Args) -> Args:
     """The flags of the run that --resume or --evaluate names."""
-    exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate exclude each other")
+    exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate cannot be combined")
     run_dir = Path(args.resume or args.evaluate)
     try:
         if args.resume:
@@ -844,14 +847,20 @@ def saved_args(args: Args) -> Args:
         else:
             exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {SCRIPT}.py with a model.pt")
             flags = load(run_dir / "model.pt", "cpu", script=SCRIPT)["args"]
-        return Args(**flags | dict(resume=args.resume, evaluate=args.evaluate))
+        tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
+        return Args(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
     except (OSError, ValueError, TypeError, KeyError):
         exit_unless(False, f"{run_dir} holds no run of {SCRIPT}.py")
 
 
+def as_saved(args: Args) -> dict:
+    """The flags as args.json gives them back: lists for tuples, and no string an object that pickle has met before."""
+    return json.loads(json.dumps(asdict(args) | {"resume": None}))
+
+
 def differing(saved: dict, args: Args) -> dict:
     """The saved flags that differ from `args`, except for those that a resumed run may change."""
-    flags = {name: value for name, value in asdict(args).items() if name not in ("resume", "total_timesteps")}
+    flags = {name: value for name, value in as_saved(args).items() if name not in ("resume", "total_timesteps")}
     return {name: saved[name] for name, value in flags.items() if name in saved and saved[name] != value}
 
 
@@ -863,13 +872,15 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
         given = {k: v for k, v in asdict(args).items() if k in args.given or v != getattr(usual, k)}
         args = replace(saved, **given)
         if args.resume:
-            for name, value in differing(asdict(saved), args).items():
+            for name, value in differing(as_saved(saved), args).items():
                 exit_unless(False, f"--resume keeps the run's own flags: its {name} is {value}")
             raised = args.total_timesteps - saved.total_timesteps
             exit_unless(raised >= 0, "--total-timesteps can only be raised")
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
-            exit_unless(not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
+            exit_unless(
+                not complete, f"{run_dir} is complete; only a run trained with --keep-checkpoint can be extended"
+            )
     for field in fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and field.type in (int, int | None) and value.is_integer():
@@ -898,9 +909,9 @@ def check_args(args: Args):
             exit_unless(0 < value < np.inf, f"{flag} must be positive, not {value}")
         elif name in NOT_NEGATIVE:
             exit_unless(0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
-    exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
+    exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = args.learning_starts < args.total_timesteps
-    exit_unless(learns, "--learning-starts must be below --total-timesteps, to learn")
+    exit_unless(learns, "--learning-starts must be below --total-timesteps, or nothing is learned")
     filled = getattr(args, "n_step", 1) <= args.learning_starts + 1
     exit_unless(filled, "--learning-starts must be at least --n-step - 1: the first transition takes that many steps")
     annealing = getattr(args, "noise_anneal_steps", 0)
@@ -914,6 +925,11 @@ def check_args(args: Args):
 
 
 # Environments
+
+
+def warn_of_mujoco(text: str):
+    if "deprecated" not in text:  # Gymnasium's business
+        warn(f"MuJoCo: {text.partition(' Time')[0]}")
 
 
 class CopiedArrays(gym.Wrapper):
@@ -934,10 +950,13 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     try:
         import mujoco  # fails where MUJOCO_GL names a GL that is not there
 
-        mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text.partition(' Time')[0]}"))
+        mujoco.set_mju_user_warning(warn_of_mujoco)
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
         env = CopiedArrays(wrap(gym.make(env_id, **options), args))  # make names the near matches of an unknown id
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if renderer and not pixels:  # film with the camera that follows the robot, if there is one (else -1)
+            renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         if options:
             env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
             env.render()
@@ -950,7 +969,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     exit_unless(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     low, high = float32_bounds(action)
     usable = (low < high).all() and (high - low).isfinite().all() and (high + low).isfinite().all()
-    exit_unless(usable, f"DDPG needs bounds that differ, by less than float32's largest number: {env_id} has {action}")
+    exit_unless(usable, f"DDPG needs action bounds that differ, by less than float32's maximum: {env_id} has {action}")
     exit_unless(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
     images, flat = len(obs.shape) == 3, len(obs.shape) == 1
     exit_unless(pixels or not images, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
@@ -1000,14 +1019,14 @@ def resets_exactly(env: gym.Env) -> bool:
 
 
 def exit_unless(condition, message: str):
-    """Bad input: one line and exit code 2, before anything is written."""
+    """On bad input, print one line and exit with code 2, before anything is written."""
     if not condition:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def print_line(text: str, file=None):
-    """A line that leaves the progress bar whole."""
+    """Print a line without breaking the progress bar."""
     with contextlib.suppress(OSError):  # the disk that is full may be the one this goes to
         tqdm.write(text, file=file)
         (file or sys.stdout).flush()
@@ -1018,7 +1037,7 @@ warn = functools.cache(lambda text: print_line(f"warning: {text}", sys.stderr)) 
 
 @contextlib.contextmanager
 def warn_if_unwritable(path):
-    """Training does not need what is written here: where that fails, a warning says so."""
+    """Training can go on without what is written here: a failure is only a warning."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -1031,7 +1050,7 @@ def warn_if_unwritable(path):
 
 
 def save(path: Path, contents) -> bool:
-    """Write text, or with torch.save anything else; at every instant the old or the new file lies there whole."""
+    """Write text, or with torch.save anything else; at every moment the old or the new file is there, complete."""
     temporary = Path(f"{path}.tmp")
     with warn_if_unwritable(path):
         with open(temporary, "wb") as file:
@@ -1069,7 +1088,7 @@ class Log(SummaryWriter):
             self.flush()
 
     def close(self):
-        with contextlib.suppress(OSError):  # it has been said
+        with contextlib.suppress(OSError):  # already reported
             super().close()
 
 
@@ -1080,7 +1099,7 @@ def quiet_log_writer(usual_hook, error):
 
 
 def note_signal(number, frame):
-    """Only notes it: an exception at just any place, in the log's queue say, could hang."""
+    """Only notes it: an exception at an arbitrary point, such as inside the log's queue, could hang the run."""
     signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the run at once
     stop_signals.append(number)
 
@@ -1126,22 +1145,22 @@ CONSTANT += FunctionType, MethodType, BuiltinFunctionType
 
 
 def state_of(part):
-    """What a checkpoint keeps of an attribute: its state_dict(), a plain value, or of another object all it has."""
+    """What a checkpoint keeps of an attribute: its state_dict(), a plain value, or all attributes of another object."""
     if hasattr(part, "state_dict"):
         return part.state_dict()
-    if isinstance(part, np.generic):
-        return part.item()  # np.float64 is a float too, but torch.load would refuse it
+    if isinstance(part, np.ndarray | np.generic):  # before float, which np.float64 is: weights_only refuses to load it
+        return {"NumPy's": torch.from_numpy(np.array(part)), "array": isinstance(part, np.ndarray)}
     if part is None or isinstance(part, torch.Tensor | bool | int | float | str):
         return part
-    if isinstance(part, np.ndarray):
-        return torch.from_numpy(part.copy())
     if isinstance(part, dict):
         return {key: state_of(value) for key, value in part.items()}
-    if isinstance(part, list | tuple):
+    if isinstance(part, list):
         return [state_of(value) for value in part]
+    if isinstance(part, tuple):
+        return tuple(state_of(value) for value in part)
     if isinstance(part, CONSTANT):
         return None
-    if not hasattr(part, "__dict__") or type(part).__reduce__ is not object.__reduce__:  # its state is out of sight
+    if not hasattr(part, "__dict__") or part.__reduce_ex__(4)[0].__name__ != "__newobj__":  # has more than attributes
         raise TypeError(f"no checkpoint can hold {part!r}: wrap it in a class with state_dict() and load_state_dict()")
     return {name: state_of(value) for name, value in vars(part).items()}
 
@@ -1152,25 +1171,24 @@ def restored(part, state):
         return part
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(copy.deepcopy(state))  # a copy: the state is mapped from the checkpoint's file
-    elif isinstance(part, torch.Tensor | np.ndarray):
-        if part.shape != state.shape:
-            raise ValueError(
-                f"the checkpoint has the shape {tuple(state.shape)}, where there is {tuple(part.shape)} now"
-            )
-        part.data.copy_(state) if isinstance(part, torch.Tensor) else np.copyto(part, state.numpy())
-    elif isinstance(part, np.generic):
-        return type(part)(state)
-    elif isinstance(part, dict):
-        part.update({key: restored(part.get(key), value) for key, value in state.items()})
-    elif isinstance(part, list | tuple) and len(part) == len(state):
-        values = [restored(old, new) for old, new in zip(part, state, strict=True)]
-        return part._make(values) if hasattr(part, "_make") else type(part)(values)
-    elif hasattr(part, "__dict__"):
+        return part
+    if isinstance(state, dict) and "NumPy's" in state:
+        array = state["NumPy's"].numpy().copy()
+        return array if state["array"] else array[()]
+    if isinstance(state, dict) and (part is None or isinstance(part, dict)):
+        return {key: restored((part or {}).get(key), value) for key, value in state.items()}
+    if isinstance(state, dict):
         for name, value in state.items():
             setattr(part, name, restored(getattr(part, name, None), value))
-    else:
-        return copy.deepcopy(state)
-    return part
+        return part
+    if isinstance(state, list | tuple):
+        old = part if isinstance(part, list | tuple) else []
+        values = [restored(old[i] if i < len(old) else None, value) for i, value in enumerate(state)]
+        return part._make(values) if hasattr(part, "_make") else type(state)(values)
+    if isinstance(part, torch.Tensor) and isinstance(state, torch.Tensor) and part.shape == state.shape:
+        part.data.copy_(state)
+        return part
+    return copy.deepcopy(state)
 
 
 def check_checkpoint_holds(parts: dict, env: gym.Env):

@@ -660,15 +660,15 @@ def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(sc
     here = {"explore": {"highest"}, "critic_loss": {"medium"}, "evaluate": {"highest"}}
     monkeypatch.setattr(script, "mkl_holds_back", lambda: True)
     run_dir = run(script, matmul="auto", keep_checkpoint=True, checkpoint_interval=50)
-    assert allowed == here and "products by onednn" in capfd.readouterr().out
+    assert allowed == here and "matrix products by oneDNN" in capfd.readouterr().out
     assert json.loads((run_dir / "args.json").read_text())["args"]["matmul"] == "onednn"
     allowed.clear()
     monkeypatch.setattr(script, "mkl_holds_back", lambda: False)
     script.main(script.Args(resume=str(run_dir), total_timesteps=200))
-    assert allowed == here and "products by onednn" in capfd.readouterr().out
+    assert allowed == here and "matrix products by oneDNN" in capfd.readouterr().out
     allowed.clear()
     run(script, matmul="auto", run_name="other")
-    assert set().union(*allowed.values()) == {"highest"} and "products by mkl" in capfd.readouterr().out
+    assert set().union(*allowed.values()) == {"highest"} and "matrix products by MKL" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("threads", [1, 2])

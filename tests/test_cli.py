@@ -474,7 +474,7 @@ BOTH = {
     "--tau 0": "--tau must be in (0, 1]",
     "--tau 1.1": "--tau must be in (0, 1]",
     "--tau nan": "--tau must be in (0, 1]",
-    "--buffer-size 15": "--buffer-size must hold a batch",
+    "--buffer-size 15": "--buffer-size must be at least --batch-size",
     "--learning-starts 120": "--learning-starts must be below --total-timesteps",
     "--learning-starts 121": "--learning-starts must be below --total-timesteps",
     "--buffer-size 1e12": "lower --buffer-size",
@@ -499,7 +499,7 @@ BOTH = {
     "--env-id stubs:Unrendered-v0 --capture-video": "render",
     "--evaluate nowhere": "nowhere holds no run of",
     "--evaluate .": ". holds no run of",
-    "--evaluate . --resume .": "--resume and --evaluate exclude each other",
+    "--evaluate . --resume .": "--resume and --evaluate cannot be combined",
     "--resume nowhere": "nowhere holds no run of",
     "--track": "pip install wandb",
 }
@@ -647,7 +647,7 @@ def test_episodes_that_never_end(script, run, capfd):
     """One line says that no checkpoint is possible, one that evaluations are cut: after 30 steps, each paying 1."""
     run_dir = run(script, env_id="Endless-v0", checkpoint_interval=20, keep_checkpoint=True, max_eval_steps=30)
     unsaved, cut = capfd.readouterr().err.splitlines()  # each once
-    assert unsaved == "warning: no checkpoint since step 0: one is written only when the episode has ended"
+    assert unsaved == "warning: no checkpoint since step 0: checkpoints are written only when an episode ends"
     assert cut == "warning: 2 evaluation episodes did not end within --max-eval-steps 30: cut there"
     assert not (run_dir / "checkpoint.pt").exists()
     assert [(row["mean"], row["std"]) for row in eval_rows(run_dir)] == [(30, 0), (30, 0)]

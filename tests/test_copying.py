@@ -170,7 +170,7 @@ def test_a_normaliser_is_part_of_the_model(script, tmp_path):
     assert run_process(tmp_path, tmp_path / "mine.py", f"{FLAGS} --total-timesteps 200").code == 0
     mean = float((tmp_path / "runs/x/eval.csv").read_text().splitlines()[-1].split(",")[1])
     ended = run_process(tmp_path, tmp_path / "mine.py", "--evaluate runs/x")
-    assert ended.output == f"Pendulum-v1 after 200 steps: {mean:.2f} ± 0.00 over 1 episodes\n"
+    assert ended.output == f"Pendulum-v1 after 200 steps: {mean:.2f} ± 0.00 over 1 episode\n"
 
 
 def test_the_flags_of_a_copy_are_kept(script, tmp_path):

@@ -340,7 +340,7 @@ def test_refuses_a_checkpoint(broken_off, damage):
 def test_refuses_flags(broken_off):
     assert_refused(broken_off, TUNED, "--resume runs/x --seed 2", "its seed is 1")
     assert_refused(broken_off, TUNED, "--resume runs/x --total-timesteps 699", "can only be raised")
-    assert_refused(broken_off, TUNED, "--resume runs/x --evaluate runs/x", "exclude each other")
+    assert_refused(broken_off, TUNED, "--resume runs/x --evaluate runs/x", "cannot be combined")
     assert_refused(broken_off, TUNED, "--resume runs", "runs holds no run of ddpg_continuous_action.py")
     assert_refused(broken_off, TUNED, "--resume runs/y", "runs/y holds no run")
     assert_refused(broken_off, PAPER, "--resume runs/x", "runs/x holds no run of ddpg_paper_faithful.py")
@@ -622,7 +622,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     ended = run(tmp_path, TUNED, "--resume runs/x --total-timesteps 8060", hook)
     words = ended.output.split()
     assert ended.code == 0 and float(words[words.index("loaded:") + 1]) < used + 30  # what is mapped doesn't count
-    assert "note: a resumed run is not exact here" in ended.output
+    assert "note: resuming will not be exact here" in ended.output
 
 
 def test_a_resumed_run_lets_go_of_the_checkpoint_it_came_from(broken_off):
