@@ -178,6 +178,10 @@ class Args:
     policy_frequency: Int = 1
     """critic updates per update of the actor and the targets (Algorithm 1: 1)"""
 
+    # No flags, as they have no types; benchmark/jax_ddpg.py has its own
+    script = SCRIPT  # whose runs these are: no other script takes them
+    packages = "torch", "gymnasium", "mujoco", "numpy"  # whose versions a run records
+
     def __new__(cls, *_, **given):
         args = super().__new__(cls)
         args.given = given  # what --resume must not take from the run
@@ -504,7 +508,7 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_seed: int, max_steps: int):
 def main(args: Args):
     """Train. From a notebook too: main(Args(env_id="Hopper-v5")), main(Args(resume="runs/NAME"))."""
     if args.evaluate:
-        return evaluate_run(args)
+        return evaluate_run(args, DDPG)
     args, device, env = set_up(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
 
@@ -614,7 +618,7 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if not self.args.resume or not path.exists():
             return None
-        checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
+        checkpoint = load(path, "cpu", script=self.args.script, format=CHECKPOINT_FORMAT)
         for name, value in differing(checkpoint["args"], self.args).items():
             exit_unless(False, f"{path} belongs to another run: its {name} is {value}")
         return checkpoint
@@ -625,7 +629,7 @@ class Run:
         taken = not self.args.resume and (args_path.exists() or any(self.dir.glob(EVENT_FILES)))
         exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
         try:
-            record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.device)
+            record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.args, self.device)
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "result.json").unlink(missing_ok=True)
             for log in self.dir.glob(EVENT_FILES):
@@ -725,7 +729,7 @@ class Run:
         self.show("evaluation", returns.mean())
 
     def save_model(self, **contents):
-        about = dict(script=SCRIPT, env_id=self.args.env_id, global_step=self.global_step)
+        about = dict(script=self.args.script, env_id=self.args.env_id, global_step=self.global_step)
         args = asdict(self.args) | {"resume": None}
         self.written = save(self.dir / "model.pt", about | contents | {"args": args}) and self.written
 
@@ -733,7 +737,7 @@ class Run:
         """One that fails is due again at the end of the next episode."""
         if self.global_step == self.args.total_timesteps and not self.written:
             return  # --resume would take the last results as written
-        checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=asdict(self.args) | {"resume": None})
+        checkpoint = dict(script=self.args.script, format=CHECKPOINT_FORMAT, args=asdict(self.args) | {"resume": None})
         checkpoint |= dict(global_step=self.global_step, seconds=time.time() - self.start_time)
         checkpoint |= dict(eval_rows=self.eval_rows, random_states=random_states(self.env))
         checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.dir.glob(EVENT_FILES)}
@@ -784,12 +788,12 @@ class Run:
         print_line(f"step {self.global_step:,}: {latest}{speed:.0f} steps/s, {left} left")
 
 
-def evaluate_run(args: Args):
+def evaluate_run(args: Args, agent_class: type):
     """--evaluate: the score of a run's model.pt, on the starts of its evaluations, or of another --seed."""
     args, device, env = set_up(args)
-    model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT, env_id=args.env_id)
-    agent = DDPG(args, env.observation_space, env.action_space, device)
-    agent.load_state_dict({name: state for name, state in model.items() if name in vars(agent)})
+    model = load(Path(args.evaluate, "model.pt"), device, script=args.script, env_id=args.env_id)
+    agent = agent_class(args, env.observation_space, env.action_space, device)
+    agent.load_state_dict({name: state for name, state in model.items() if name in agent.state_dict()})
     envs = make_eval_envs(args, Path(args.evaluate))
     returns, *_ = evaluate(agent, envs, 10_000 * (args.seed + 1), args.max_eval_steps)
     finish_films(envs)
@@ -813,13 +817,14 @@ def saved_args(args: Args) -> Args:
     run_dir = Path(args.resume or args.evaluate)
     try:
         if args.resume:
-            flags = json.loads((run_dir / "args.json").read_text())["args"]
+            record = json.loads((run_dir / "args.json").read_text())
+            exit_unless(record.get("script", args.script) == args.script, f"{run_dir} holds no run of {args.script}.py")
         else:
-            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {SCRIPT}.py with a model.pt")
-            flags = load(run_dir / "model.pt", "cpu", script=SCRIPT)["args"]
-        return Args(**flags | dict(resume=args.resume, evaluate=args.evaluate))
+            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {args.script}.py with a model.pt")
+            record = load(run_dir / "model.pt", "cpu", script=args.script)
+        return type(args)(**record["args"] | dict(resume=args.resume, evaluate=args.evaluate))
     except (OSError, ValueError, TypeError, KeyError):
-        exit_unless(False, f"{run_dir} holds no run of {SCRIPT}.py")
+        exit_unless(False, f"{run_dir} holds no run of {args.script}.py")
 
 
 def differing(saved: dict, args: Args) -> dict:
@@ -1051,15 +1056,15 @@ def statistics(returns: np.ndarray) -> dict:
     return {name: float(value) for name, value in values.items()} | {"episodes": len(returns)}
 
 
-def provenance(device) -> dict:
+def provenance(args: Args, device) -> dict:
     """The code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions = {name: version(name) for name in args.packages}
     versions["python"] = platform.python_version()
     hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"commit": commit, "versions": versions, "hardware": hardware}
+    return {"script": args.script, "commit": commit, "versions": versions, "hardware": hardware}
 
 
 # State
