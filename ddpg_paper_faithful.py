@@ -39,7 +39,7 @@ What was tried on Pendulum-v1 and InvertedPendulum-v5, three seeds each, is in R
 |------------------------------------------------------------------------|------------------------|
 | initialise critic Q(s, a), actor mu(s) and their targets Q' and mu'    | DDPG.__init__          |
 | initialise the replay buffer R                                         | ReplayBuffer.__init__  |
-| initialise a random process N, receive the first observation s_1       | OrnsteinUhlenbeckNoise |
+| initialise a random process N, receive the first observation s_1       | main; its noise        |
 | select the action a_t = mu(s_t) + N_t                                  | DDPG.explore           |
 | execute a_t, observe the reward r_t and the next observation s_t+1     | main                   |
 | store the transition (s_t, a_t, r_t, s_t+1) in R                       | ReplayBuffer.add       |
@@ -68,12 +68,12 @@ import time
 import uuid
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FunctionType, MethodType
-from typing import Annotated, Literal, NamedTuple
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -86,8 +86,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-Spec = tyro.constructors.PrimitiveConstructorSpec  # of integers as people type them: 1e6 and 1_000_000 too
-Int = Annotated[int, Spec(1, "INT", lambda s: parse_int(s[0]), lambda n: isinstance(n, int), lambda n: [str(n)])]
 
 
 @dataclass
@@ -97,7 +95,7 @@ class Args:
     """name of the experiment, part of the run's name"""
     run_name: str | None = None
     """folder of this run in runs/; by default {env_id}__{exp_name}__{seed}__{unix time}"""
-    seed: Int = 1
+    seed: int = 1
     """seed of the networks, the environment, the exploration and the sampling of batches"""
     torch_deterministic: bool = True
     """restrict cuDNN to deterministic algorithms"""
@@ -107,10 +105,10 @@ class Args:
     """on a GPU, replay acting and the whole update as CUDA graphs"""
     compile: bool = False
     """on a GPU, torch.compile acting and the update, alone or under --cudagraphs"""
-    num_threads: Int = 0
+    num_threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     matmul: Literal["auto", "mkl", "onednn"] = "auto"
-    """who multiplies matrices in an update on a CPU; auto: oneDNN where MKL leaves half of the CPU idle"""
+    """library for an update's matrix products on a CPU; auto: oneDNN where MKL reaches only half of its speed"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
@@ -119,7 +117,7 @@ class Args:
     """Weights & Biases user or team"""
     save_model: bool = True
     """write model.pt at each evaluation and at the end"""
-    checkpoint_interval: Int = 50_000
+    checkpoint_interval: int = 50_000
     """steps between checkpoints, each written at the end of the episode in progress; 0 = none"""
     keep_checkpoint: bool = False
     """keep the last checkpoint of a finished run, so that --resume can extend it"""
@@ -127,14 +125,14 @@ class Args:
     """folder of an interrupted run to resume under its own flags; only --total-timesteps may be raised"""
 
     # Evaluation
-    eval_interval: Int = 5_000
+    eval_interval: int = 5_000
     """steps between evaluations, which are without exploration noise; 0 = none"""
-    eval_episodes: Int = 10
+    eval_episodes: int = 10
     """episodes per evaluation"""
-    final_eval_episodes: Int = 100
-    """episodes, from starts that no evaluation has met, of one more evaluation at the end; 0 = none"""
-    max_eval_steps: Int = 100_000
-    """steps after which an evaluation cuts an episode that does not end"""
+    final_eval_episodes: int = 100
+    """episodes of one last evaluation at the end, from starts not used before; 0 = none"""
+    max_eval_steps: int = 100_000
+    """most steps in an evaluation episode, for environments whose episodes may never end"""
     capture_video: bool = False
     """film the first episode of each evaluation, with --evaluate every episode, into the run's videos/"""
     evaluate: str | None = None
@@ -143,7 +141,7 @@ class Args:
     # Algorithm
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with a flat Box observation and a bounded Box action; module:EnvId imports module first"""
-    total_timesteps: Int = 1_000_000
+    total_timesteps: int = 1_000_000
     """environment steps of the run"""
     actor_lr: float = 1e-4
     """Adam's learning rate for the actor (section 7)"""
@@ -151,13 +149,13 @@ class Args:
     """Adam's learning rate for the critic (section 7)"""
     critic_weight_decay: float = 1e-2
     """L2 weight decay of the critic, not of the actor (section 7)"""
-    buffer_size: Int = 1_000_000
+    buffer_size: int = 1_000_000
     """transitions that the replay buffer holds (section 7)"""
     gamma: float = 0.99
     """discount factor (section 7)"""
     tau: float = 0.001
-    """target smoothing coefficient: the part of the way that the targets move per update (section 7)"""
-    batch_size: Int | None = None
+    """target smoothing coefficient: how far the targets move towards the networks at each update (section 7)"""
+    batch_size: int | None = None
     """transitions per batch; by default 64, and 16 from pixels (section 7)"""
     ou_theta: float = 0.15
     """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
@@ -173,9 +171,9 @@ class Args:
     """initial weights of the hidden layers; paper: uniform within 1/sqrt(fan-in) (section 7)"""
     pixels: bool = False
     """learn from rendered frames: a step repeats the action three times and observes 3 x 64 x 64 RGB"""
-    learning_starts: Int = 1_000
+    learning_starts: int = 1_000
     """steps of uniformly random actions before learning starts (the paper is silent)"""
-    policy_frequency: Int = 1
+    policy_frequency: int = 1
     """critic updates per update of the actor and the targets (Algorithm 1: 1)"""
 
     # No flags, as they have no types; benchmark/jax_ddpg.py has its own
@@ -184,7 +182,7 @@ class Args:
 
     def __new__(cls, *_, **given):
         args = super().__new__(cls)
-        args.given = given  # what --resume must not take from the run
+        args.given = given  # flags that the caller set: --resume and --evaluate take the others from the run
         return args
 
     def __post_init__(self):
@@ -275,7 +273,7 @@ class Batch(NamedTuple):
     action: torch.Tensor  # (N, action_dim)
     reward: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, obs_dim)
-    discount: torch.Tensor  # (N,), of next_obs's value: gamma, or 0 after a terminal state; a time limit is not one
+    discount: torch.Tensor  # (N,), of Q'(next_obs): gamma, or 0 after a terminal state; a time limit is not one
 
 
 class ReplayBuffer:
@@ -302,7 +300,7 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(1), next_obs, discount.squeeze(1))
 
     def state_dict(self):
-        # By way of NumPy: of a slice, torch.save would write all that lies behind it
+        # torch.save would write all of the memory behind a slice; what comes back from NumPy is only the slice
         filled = {name: tensor[: min(self.added, len(tensor))].cpu().numpy() for name, tensor in self.stored.items()}
         return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}
 
@@ -366,21 +364,20 @@ class DDPG:
         self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
         self.qf_optimizer = Adam(self.qf.parameters(), args.critic_lr, args.critic_weight_decay)
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
-        self.args = args
+        self.args, self.device = args, device
         self.obs = torch.zeros(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
-        self.actions = np.zeros((2, len(low)))  # of the last step: greedy, explored
+        self.action = np.zeros(len(low))  # the last one
 
     def act(self, obs):
         """The action (action_dim,) to explore with after the observation obs_shape, both NumPy arrays."""
         copy_async(obs, self.obs[0])
-        self.actions = self.explore().cpu().numpy()  # the only wait for the device in a step
-        return self.actions[1]
+        self.action = self.explore()[0].cpu().numpy()  # the only wait for the device in a step
+        return self.action
 
     @torch.no_grad()
     def explore(self):
-        """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
-        greedy = self.actor(self.obs)
-        return torch.cat([greedy, self.actor.clip(greedy + self.noise.sample())])
+        """mu(s) + N, within the bounds: (1, action_dim)."""
+        return self.actor.clip(self.actor(self.obs) + self.noise.sample())
 
     def critic_loss(self, batch: Batch):
         """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
@@ -401,12 +398,13 @@ class DDPG:
         torch._foreach_lerp_(targets, [*self.actor.parameters(), *self.qf.parameters()], self.args.tau)
 
     def update(self, batch: Batch, update_actor: bool = True):
-        """One update of Algorithm 1: the critic, then the actor, then both targets.
+        """One update of Algorithm 1: the critic, then, unless update_actor is off, the actor and both targets.
 
-        Here all four networks normalise by the batch's own statistics; everywhere else, by their running averages.
+        Here the networks normalise by the batch's own statistics; everywhere else, by their running averages.
         Returns what is logged, still on the device: nothing here waits for it.
         """
-        for network in self.actor, self.qf, self.target_actor, self.target_qf:
+        networks = [part for part in vars(self).values() if isinstance(part, nn.Module)]
+        for network in networks:
             network.train()
         qf_loss, q = self.critic_loss(batch)
         losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
@@ -416,22 +414,23 @@ class DDPG:
             losses["losses/actor_loss"] = actor_loss.detach()
             losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)
             self.update_targets()
-        self.actor.eval(), self.qf.eval()
+        for network in networks:
+            network.eval()
         return losses
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """What is logged beside the losses: the share of saturated actions, and how far exploration strays."""
+        """What is logged beside the losses: the share of saturated actions, and how far the last one was from mu(s)."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         return {
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
-            "charts/exploration_difference": np.abs(self.actions[1] - self.actions[0]).mean(),
+            "charts/exploration_difference": np.abs(self.action - self.actor(self.obs)[0].cpu().numpy()).mean(),
         }
 
     def model_state(self):
-        """What acting and evaluating need, for model.pt: neither targets and optimisers nor plain values."""
-        parts = {name: state for name, state in self.state_dict().items() if isinstance(state, dict)}
-        return {name: state for name, state in parts.items() if not re.match("target_.*|.*_optimizer|noise", name)}
+        """For model.pt: everything but what only training needs."""
+        training_only = "target_.*|.*_optimizer|noise|explore|args|device|obs|action"
+        return {name: state for name, state in self.state_dict().items() if not re.fullmatch(training_only, name)}
 
     def state_dict(self):
         return {name: state_of(value) for name, value in vars(self).items()}
@@ -469,8 +468,12 @@ class PixelObservation(gym.Wrapper):
         return torch.cat(frames).numpy(), total, terminated, truncated, info
 
 
-def wrapped(env: gym.Env, args: Args) -> gym.Env:
-    """The environment as training and evaluation meet it: the place for wrappers."""
+def wrap(env: gym.Env, args: Args) -> gym.Env:
+    """The place for wrappers, in training and evaluation alike.
+
+    One with a state of its own, like NormalizeObservation, has another in each environment, and no checkpoint holds
+    it: such a state belongs into DDPG.
+    """
     return PixelObservation(env) if args.pixels else env
 
 
@@ -479,14 +482,14 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_seed: int, max_steps: int):
     """One episode without exploration noise in each environment, started from first_seed, first_seed + 1, ...
 
     All are stepped together. Finished episodes keep their rows in the batch: its shape, and with it the rounding of
-    the others' actions, stays the same. Returns three arrays (N,): the return, the discounted return, and what the
-    critic made of that at the start.
+    the others' actions, stays the same. Returns three arrays (N,): the return, the discounted return, and the critic's
+    estimate of it at the start.
     """
     starts = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
     obs = torch.tensor(np.array(starts), dtype=torch.float32)
     returns, discounted, running = np.zeros(len(envs)), np.zeros(len(envs)), set(range(len(envs)))
     for step in range(max_steps):
-        device_obs = obs.to(agent.obs.device)
+        device_obs = obs.to(agent.device)
         action = agent.actor.clip(agent.actor(device_obs))
         if step == 0:
             q_estimates = agent.qf(device_obs, action).cpu().numpy()
@@ -521,9 +524,9 @@ def main(args: Args):
         batch = buffer.sample(args.batch_size)
         return agent.update(batch, update_actor), batch
 
-    agent.explore, learn = accelerated(agent.explore, learn, args, device)
+    agent.explore, learn = accelerated(agent.explore, learn, args, device)  # --matmul, --cudagraphs, --compile
 
-    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # with --resume, it restores them
+    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # --resume restores both from the checkpoint
         episode_over = True
         for global_step in run.steps():
             if episode_over:  # initialise a random process N, receive s_1
@@ -534,7 +537,7 @@ def main(args: Args):
             learning = global_step > args.learning_starts
             action = agent.act(obs) if learning else env.action_space.sample()
 
-            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+            # Execute a_t, observe r_t and s_t+1, store the transition (at an episode's end too with the real s_t+1)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             buffer.add(obs, action, reward, next_obs, discount=0 if terminated else args.gamma)
             obs, episode_over = next_obs, terminated or truncated
@@ -549,13 +552,14 @@ def main(args: Args):
             if due.evaluation:
                 run.add_evaluation(*evaluate(agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
             if due.model:
-                run.save_model(obs_shape=obs_shape, **agent.model_state())
+                run.save_model(agent.model_state())
             if due.checkpoint:
                 run.save_checkpoint()
-        run.finish([evaluate(agent, *starts, args.max_eval_steps)[0] for starts in run.final_starts()])
+        returns = [evaluate(agent, envs, seed, args.max_eval_steps)[0] for envs, seed in run.final_starts()]
+        run.finish(returns)
 
 
-# From here on: what surrounds the algorithm, the same in both scripts. Nobody needs it to understand DDPG.
+# From here on: the plumbing, word for word the same in both scripts. DDPG can be understood without it.
 
 EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
 EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
@@ -563,6 +567,15 @@ LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them
 CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
 STATELESS_WRAPPERS = "CopiedArrays", "PixelObservation", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"
+POSITIVE = (
+    *("total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes", "max_eval_steps"),
+    *("learning_rate", "actor_lr", "critic_lr", "n_step"),
+)
+NOT_NEGATIVE = (
+    *("seed", "num_threads", "checkpoint_interval", "eval_interval", "final_eval_episodes", "learning_starts"),
+    *("exploration_noise", "exploration_noise_final", "noise_anneal_steps", "target_noise", "target_noise_clip"),
+    *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt", "batch_norm_momentum"),
+)
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
@@ -585,12 +598,15 @@ class Run:
         default_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
         self.dir = Path(args.resume or Path("runs", args.run_name or default_name))
         self.args, self.device, self.env, self.parts = args, device, env, parts
-        check_checkpoint_holds(parts)
+        check_checkpoint_holds(parts, env)
         checkpoint = self.load_checkpoint()
         record = self.open_folder(checkpoint)
         shapes = f"observations {env.observation_space.shape}, actions {env.action_space.shape}"
         print_line(f"{args.env_id}: {shapes}; results in {self.dir}")
-        print_line(f"{device}, CPU threads: {torch.get_num_threads()}, products by {args.matmul}")
+        products = f", products by {args.matmul}" if device.type == "cpu" else ""
+        print_line(f"{device}, CPU threads: {torch.get_num_threads()}{products}")
+        if device.type == "cuda" or not resets_exactly(env):
+            print_line("note: a resumed run is not exact here, on a GPU or where reset does not set the whole state")
         if args.track:
             import wandb
 
@@ -598,6 +614,7 @@ class Run:
             options = dict(id=record["wandb_id"], resume="allow", sync_tensorboard=True, save_code=True)
             wandb.init(**names, **options, config=asdict(args))
         self.eval_envs = make_eval_envs(args, self.dir) if args.eval_interval or args.final_eval_episodes else []
+        self.eval_seed = first_eval_seed(args)
         env.action_space.seed(args.seed)
         self.eval_rows, self.global_step, self.start_time = [], 0, time.time()
         if checkpoint:
@@ -606,10 +623,6 @@ class Run:
             self.eval_rows, self.global_step = checkpoint["eval_rows"], checkpoint["global_step"]
             self.start_time -= checkpoint["seconds"]
             random_states(env, restore=checkpoint["random_states"])
-            if device.type == "cuda" or not resets_exactly(env):
-                print_line(
-                    "note: resuming is exact on the CPU, in environments whose reset sets their whole state; not here"
-                )
         self.last_checkpoint = self.global_step
         self.episode_return, self.episode_length, self.written = 0.0, 0, True
         self.latest, self.printed_step, self.printed_time = {}, self.global_step, time.time()
@@ -644,7 +657,6 @@ class Run:
         return record
 
     def __enter__(self):
-        stop_signals.clear()
         self.handlers = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.excepthook = threading.excepthook
         threading.excepthook = functools.partial(quiet_log_writer, self.excepthook)
@@ -662,11 +674,18 @@ class Run:
         threading.excepthook = self.excepthook
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        stop_signals.clear()  # or the next evaluation in this process would stop at once
+        warn.cache_clear()
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
         if isinstance(error, Exception):
             error.add_note(f"This ended the run at step {self.global_step:,}. {self.how_to_resume()}")
 
     def how_to_resume(self) -> str:
-        return f"Resume it, from step {self.last_checkpoint:,}, with --resume {self.dir}"
+        start = f"from step {self.last_checkpoint:,}" if self.last_checkpoint else "from the start: no checkpoint yet"
+        return f"Resume it with --resume {self.dir} ({start})"
 
     def steps(self):
         """The numbers of the steps still to do."""
@@ -691,10 +710,10 @@ class Run:
         last_step = step == args.total_timesteps
         evaluation = args.eval_interval > 0 and (step % args.eval_interval == 0 or last_step)
         interval = args.checkpoint_interval
-        checkpoint = interval > 0 and step // interval > self.last_checkpoint // interval
-        if checkpoint and self.episode_length > interval and not self.env.spec.max_episode_steps:
+        overdue = interval > 0 and step // interval > self.last_checkpoint // interval
+        if overdue and self.episode_length > interval and not self.env.spec.max_episode_steps:
             warn(f"no checkpoint since step {self.last_checkpoint:,}: one is written only when the episode has ended")
-        checkpoint = checkpoint and episode_over
+        checkpoint = overdue and episode_over
         if episode_over:
             scalars = {"charts/episodic_return": self.episode_return, "charts/episodic_length": self.episode_length}
             self.log.add(scalars, step)
@@ -713,11 +732,6 @@ class Run:
             sys.exit(f"error: a loss is not finite at step {self.global_step}: {scalars}; {advice}")
         self.log.add(scalars | {"charts/SPS": self.global_step / (time.time() - self.start_time)}, self.global_step)
 
-    @property
-    def eval_seed(self) -> int:
-        """Every evaluation of a run meets the same starts, and no other run does."""
-        return 10_000 * (self.args.seed + 1)
-
     def add_evaluation(self, returns: np.ndarray, discounted: np.ndarray, q_estimates: np.ndarray):
         self.stop_if_asked()  # which cut the evaluation short
         finish_films(self.eval_envs)
@@ -728,20 +742,32 @@ class Run:
         self.log.add(scalars | {"eval/discounted_return": discounted.mean()}, self.global_step)
         self.show("evaluation", returns.mean())
 
-    def save_model(self, **contents):
-        about = dict(script=self.args.script, env_id=self.args.env_id, global_step=self.global_step)
-        args = asdict(self.args) | {"resume": None}
-        self.written = save(self.dir / "model.pt", about | contents | {"args": args}) and self.written
+    def save_model(self, contents: dict):
+        about = {
+            "script": self.args.script,
+            "env_id": self.args.env_id,
+            "obs_shape": self.env.observation_space.shape,
+            "global_step": self.global_step,
+            # By way of JSON, as in a resumed run: pickle writes a string that is the same object twice only once
+            "args": json.loads(json.dumps(asdict(self.args) | {"resume": None})),
+        }
+        self.written = save(self.dir / "model.pt", contents | about) and self.written
 
     def save_checkpoint(self):
         """One that fails is due again at the end of the next episode."""
         if self.global_step == self.args.total_timesteps and not self.written:
             return  # --resume would take the last results as written
-        checkpoint = dict(script=self.args.script, format=CHECKPOINT_FORMAT, args=asdict(self.args) | {"resume": None})
-        checkpoint |= dict(global_step=self.global_step, seconds=time.time() - self.start_time)
-        checkpoint |= dict(eval_rows=self.eval_rows, random_states=random_states(self.env))
-        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.dir.glob(EVENT_FILES)}
-        checkpoint["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint = {
+            "script": self.args.script,
+            "format": CHECKPOINT_FORMAT,
+            "args": asdict(self.args) | {"resume": None},
+            "global_step": self.global_step,
+            "seconds": time.time() - self.start_time,
+            "eval_rows": self.eval_rows,
+            "random_states": random_states(self.env),
+            "log_sizes": {path.name: path.stat().st_size for path in self.dir.glob(EVENT_FILES)},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
         if save(self.dir / "checkpoint.pt", checkpoint):
             self.last_checkpoint = self.global_step
 
@@ -795,8 +821,10 @@ def evaluate_run(args: Args, agent_class: type):
     agent = agent_class(args, env.observation_space, env.action_space, device)
     agent.load_state_dict({name: state for name, state in model.items() if name in agent.state_dict()})
     envs = make_eval_envs(args, Path(args.evaluate))
-    returns, *_ = evaluate(agent, envs, 10_000 * (args.seed + 1), args.max_eval_steps)
+    returns, *_ = evaluate(agent, envs, first_eval_seed(args), args.max_eval_steps)
     finish_films(envs)
+    for each in [env, *envs]:
+        each.close()
     score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
 
@@ -809,6 +837,26 @@ def parse_int(text: str) -> int:
     if not float(text).is_integer():
         raise ValueError(f"{text} is not an integer")
     return int(float(text))
+
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def integers(info):
+    """Makes tyro read integers by parse_int."""
+    if info.type is not int:
+        return None
+    spec = tyro.constructors.PrimitiveConstructorSpec
+    return spec(1, "INT", lambda words: parse_int(words[0]), lambda n: isinstance(n, int), lambda n: [str(n)])
+
+
+def parse_args(args_class: type) -> Args:
+    """The command line; with --resume and --evaluate, over the run's own flags."""
+    args = tyro.cli(args_class, registry=registry)
+    if args.resume or args.evaluate:
+        args = tyro.cli(args_class, default=saved_args(args), registry=registry)
+    return args
 
 
 def saved_args(args: Args) -> Args:
@@ -837,7 +885,9 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
     """All the flags, checked; the device; and the environment. Sets every seed."""
     if args.resume or args.evaluate:
         saved = saved_args(args)
-        args = replace(saved, **args.given)
+        usual = type(args)()
+        given = {k: v for k, v in asdict(args).items() if k in args.given or v != getattr(usual, k)}
+        args = replace(saved, **given)
         if args.resume:
             for name, value in differing(asdict(saved), args).items():
                 exit_unless(False, f"--resume keeps the run's own flags: its {name} is {value}")
@@ -846,6 +896,10 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
             exit_unless(not complete, f"{run_dir} is complete: only with --keep-checkpoint could it be extended")
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, float) and field.type in (int, int | None) and value.is_integer():
+            args = replace(args, **{field.name: int(value)})  # Args(total_timesteps=1e6), in a notebook
     check_args(args)
     if args.matmul == "auto":
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
@@ -864,18 +918,20 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
 def check_args(args: Args):
     exit_unless(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     exit_unless(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
-    positive = "total_timesteps buffer_size batch_size policy_frequency eval_episodes max_eval_steps "
-    positive += "learning_rate actor_lr critic_lr n_step"
-    not_negative = "seed num_threads checkpoint_interval eval_interval final_eval_episodes learning_starts "
-    not_negative += "exploration_noise exploration_noise_final noise_anneal_steps target_noise target_noise_clip "
-    not_negative += "critic_weight_decay ou_theta ou_sigma ou_dt batch_norm_momentum"
-    for name in f"{positive} {not_negative}".split():
-        if (value := getattr(args, name, None)) is not None:  # each script has only some of these flags
-            fine, limit = (value > 0, "positive") if name in positive.split() else (value >= 0, "at least 0")
-            exit_unless(fine and value < np.inf, f"--{name.replace('_', '-')} must be {limit}, not {value}")
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in POSITIVE:
+            exit_unless(0 < value < np.inf, f"{flag} must be positive, not {value}")
+        elif name in NOT_NEGATIVE:
+            exit_unless(0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
     exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must hold a batch, --batch-size")
-    below = args.learning_starts < args.total_timesteps
-    exit_unless(below, "--learning-starts must be below --total-timesteps, to learn")
+    learns = args.learning_starts < args.total_timesteps
+    exit_unless(learns, "--learning-starts must be below --total-timesteps, to learn")
+    filled = getattr(args, "n_step", 1) <= args.learning_starts + 1
+    exit_unless(filled, "--learning-starts must be at least --n-step - 1: the first transition takes that many steps")
+    annealing = getattr(args, "noise_anneal_steps", 0)
+    visible = annealing == 0 or annealing > args.learning_starts
+    exit_unless(visible, "--noise-anneal-steps must be above --learning-starts, whose steps it includes")
     exit_unless(args.seed < 2**32, "--seed must be below 2**32")
     if not args.evaluate:
         gpu = args.cuda and torch.cuda.is_available()
@@ -894,8 +950,8 @@ class CopiedArrays(gym.Wrapper):
         return np.array(obs), info
 
     def step(self, action):
-        obs, *rest = self.env.step(np.array(action))
-        return np.array(obs), *rest
+        obs, reward, *rest = self.env.step(np.array(action))
+        return np.array(obs), float(reward), *rest
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
@@ -907,7 +963,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
         mujoco.set_mju_user_warning(lambda text: warn(f"MuJoCo: {text.partition(' Time')[0]}"))
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-        env = CopiedArrays(wrapped(gym.make(env_id, **options), args))  # make names the near matches of an unknown id
+        env = CopiedArrays(wrap(gym.make(env_id, **options), args))  # make names the near matches of an unknown id
         if options:
             env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
             env.render()
@@ -919,13 +975,13 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     exit_unless(continuous, f"DDPG needs a continuous action space (Box): {env_id} has {action}")
     exit_unless(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     low, high = float32_bounds(action)
-    sound = (low < high).all() and (high - low).isfinite().all() and (high + low).isfinite().all()
-    exit_unless(sound, f"DDPG needs bounds that differ, by less than float32's largest number: {env_id} has {action}")
+    usable = (low < high).all() and (high - low).isfinite().all() and (high + low).isfinite().all()
+    exit_unless(usable, f"DDPG needs bounds that differ, by less than float32's largest number: {env_id} has {action}")
     exit_unless(isinstance(obs, gym.spaces.Box), f"the observation space must be a Box: {env_id} has {obs}")
     images, flat = len(obs.shape) == 3, len(obs.shape) == 1
     exit_unless(pixels or not images, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    fine = (pixels or flat) and len(action.shape) == 1
-    exit_unless(fine, f"{env_id} needs flat spaces, but has {obs} and {action}")
+    usable = (pixels or flat) and len(action.shape) == 1
+    exit_unless(usable, f"{env_id} needs flat spaces, but has {obs} and {action}")
     return env
 
 
@@ -935,6 +991,11 @@ def float32_bounds(space: gym.spaces.Box) -> tuple[torch.Tensor, torch.Tensor]:
     inner_low, inner_high = np.nextafter(low, high), np.nextafter(high, low)
     low, high = np.where(low < space.low, inner_low, low), np.where(high > space.high, inner_high, high)
     return torch.from_numpy(low), torch.from_numpy(high)
+
+
+def first_eval_seed(args: Args) -> int:
+    """All evaluations of a run have the same starts, and those of another seed have others."""
+    return 10_000 * (args.seed + 1)
 
 
 def make_eval_envs(args: Args, run_dir: Path) -> list[gym.Env]:
@@ -1085,24 +1146,28 @@ def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Te
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-CONSTANT = Args, gym.Space, torch.device, torch.dtype, np.dtype, type, FunctionType, MethodType  # training leaves as is
+# What training leaves as it is
+CONSTANT = Args, gym.Space, torch.device, torch.dtype, np.dtype, type, functools.partial
+CONSTANT += FunctionType, MethodType, BuiltinFunctionType
 
 
 def state_of(part):
     """What a checkpoint keeps of an attribute: its state_dict(), a plain value, or of another object all it has."""
     if hasattr(part, "state_dict"):
         return part.state_dict()
+    if isinstance(part, np.generic):
+        return part.item()  # np.float64 is a float too, but torch.load would refuse it
     if part is None or isinstance(part, torch.Tensor | bool | int | float | str):
         return part
-    if isinstance(part, np.ndarray | np.number):
-        return torch.from_numpy(np.array(part))
+    if isinstance(part, np.ndarray):
+        return torch.from_numpy(part.copy())
     if isinstance(part, dict):
         return {key: state_of(value) for key, value in part.items()}
     if isinstance(part, list | tuple):
         return [state_of(value) for value in part]
     if isinstance(part, CONSTANT):
         return None
-    if not hasattr(part, "__dict__"):
+    if not hasattr(part, "__dict__") or type(part).__reduce__ is not object.__reduce__:  # its state is out of sight
         raise TypeError(f"no checkpoint can hold {part!r}: wrap it in a class with state_dict() and load_state_dict()")
     return {name: state_of(value) for name, value in vars(part).items()}
 
@@ -1113,16 +1178,19 @@ def restored(part, state):
         return part
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(copy.deepcopy(state))  # a copy: the state is mapped from the checkpoint's file
-    elif isinstance(part, torch.Tensor):
-        part.data.copy_(state)
-    elif isinstance(part, np.ndarray):
-        part[...] = state.numpy()
-    elif isinstance(part, np.number):
-        return type(part)(state.item())
+    elif isinstance(part, torch.Tensor | np.ndarray):
+        if part.shape != state.shape:
+            raise ValueError(
+                f"the checkpoint has the shape {tuple(state.shape)}, where there is {tuple(part.shape)} now"
+            )
+        part.data.copy_(state) if isinstance(part, torch.Tensor) else np.copyto(part, state.numpy())
+    elif isinstance(part, np.generic):
+        return type(part)(state)
     elif isinstance(part, dict):
         part.update({key: restored(part.get(key), value) for key, value in state.items()})
     elif isinstance(part, list | tuple) and len(part) == len(state):
-        return type(part)([restored(old, new) for old, new in zip(part, state, strict=True)])
+        values = [restored(old, new) for old, new in zip(part, state, strict=True)]
+        return part._make(values) if hasattr(part, "_make") else type(part)(values)
     elif hasattr(part, "__dict__"):
         for name, value in state.items():
             setattr(part, name, restored(getattr(part, name, None), value))
@@ -1131,8 +1199,9 @@ def restored(part, state):
     return part
 
 
-def check_checkpoint_holds(parts: dict):
+def check_checkpoint_holds(parts: dict, env: gym.Env):
     """What no checkpoint can hold must fail before training, not hours later."""
+    random_states(env)
     file = io.BytesIO()
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
     file.seek(0)
@@ -1203,13 +1272,14 @@ def multiplied_by_onednn(learn):
     torch hands fp32 products to oneDNN where bf16 is allowed; the capped instruction set has none: they stay fp32.
     """
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first use
+    usual = torch.get_float32_matmul_precision()
 
     def learn_by_onednn(*args):
         torch.set_float32_matmul_precision("medium")
         try:
             return learn(*args)
         finally:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision(usual)
 
     return learn_by_onednn
 
@@ -1246,7 +1316,4 @@ def cuda_graphed(function, warmup=3):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume or args.evaluate:  # the run's own flags, under those of the command line
-        args = tyro.cli(Args, default=saved_args(args))
-    main(args)
+    main(parse_args(Args))
