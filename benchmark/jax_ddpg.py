@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_continuous_action as tuned
-from ddpg_continuous_action import Batch, Run, evaluate, evaluate_run, exit_unless, saved_args, set_up, state_of
+from ddpg_continuous_action import Batch, Run, evaluate, evaluate_run, exit_unless, parse_args, set_up, state_of
 
 try:
     import jax
@@ -138,7 +137,7 @@ class DDPG:
     """The networks, targets, optimisers and noise of Algorithm 1, and what it does with them."""
 
     def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
-        (obs_dim,), (low, high) = obs_space.shape, (bound.numpy() for bound in tuned.float32_bounds(action_space))
+        (obs_dim,), (low, high) = obs_space.shape, map(torch.Tensor.numpy, tuned.float32_bounds(action_space))
         self.mu, self.q = Actor(obs_dim, low, high), QNetwork(obs_dim, low, high)
         actor_key, qf_key, key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
         actor, qf = init(actor_key, self.mu.sizes), init(qf_key, self.q.sizes)
@@ -146,25 +145,24 @@ class DDPG:
         self.optimizer = optax.flatten(optax.adam(args.learning_rate))
         targets, optimizers = jax.tree.map(jnp.copy, (actor, qf)), (self.optimizer.init(actor), self.optimizer.init(qf))
         self.state = State(actor, qf, *targets, *optimizers, key)
-        self.args = args
+        self.args, self.device = args, device
         self.columns = np.cumsum([obs_dim, len(low), 1, obs_dim])  # where a row of the replay buffer is split
-        self.obs = np.zeros((1, obs_dim), np.float32)  # evaluate() asks where this lies
-        self.actions = np.zeros((2, len(low)))  # of the last step: greedy, explored
+        self.obs = np.zeros((1, obs_dim), np.float32)
+        self.action = np.zeros(len(low))  # the last one
 
     def act(self, obs):
         """The action (action_dim,) to explore with after the observation (obs_dim,), both NumPy arrays."""
         self.obs[0] = obs
-        actions, key = self.explore(self.state.actor, self.obs, self.state.key)
-        self.actions, self.state = np.asarray(actions), self.state._replace(key=key)
-        return self.actions[1]
+        action, key = self.explore(self.state.actor, self.obs, self.state.key)
+        self.action, self.state = np.asarray(action)[0], self.state._replace(key=key)
+        return self.action
 
-    @partial(jax.jit, static_argnums=0, donate_argnames="key")
+    @partial(jax.jit, static_argnums=0, donate_argnames="key")  # of self it takes only what never changes
     def explore(self, actor, obs, key):
-        """The greedy action mu(s) and the explored one, mu(s) + N within the bounds, stacked: (2, action_dim)."""
+        """mu(s) + N, within the bounds: (1, action_dim). Also returns the next step's key."""
         key, noise_key = jax.random.split(key)
-        greedy = self.mu(actor, obs)
-        noise = self.args.exploration_noise * self.mu.action_scale * jax.random.normal(noise_key, greedy.shape)
-        return jnp.concatenate([greedy, self.mu.clip(greedy + noise)]), key
+        noise = jax.random.normal(noise_key, (1, len(self.mu.action_scale)))
+        return self.mu.clip(self.mu(actor, obs) + self.args.exploration_noise * self.mu.action_scale * noise), key
 
     def split(self, rows) -> Batch:
         obs, action, reward, next_obs, discount = jnp.split(rows, self.columns, 1)
@@ -211,11 +209,11 @@ class DDPG:
         return losses
 
     def diagnostics(self, rows):
-        """What is logged beside the losses: the share of saturated actions, and how far exploration strays."""
+        """What is logged beside the losses: the share of saturated actions, and how far the last one was from mu(s)."""
         unscaled = (self.mu(self.state.actor, self.split(rows).obs) - self.mu.action_bias) / self.mu.action_scale
         return {
             "charts/saturated_actions": (jnp.abs(unscaled) > 0.99).mean(),
-            "charts/exploration_difference": np.abs(self.actions[1] - self.actions[0]).mean(),
+            "charts/exploration_difference": np.abs(self.action - self.mu(self.state.actor, self.obs)[0]).mean(),
         }
 
     @property
@@ -228,7 +226,7 @@ class DDPG:
         return OnTensors(self.q, self.state.qf)
 
     def model_state(self):
-        """What acting and evaluating need, for model.pt: torch's networks load it too."""
+        """For model.pt: everything but what only training needs. The PyTorch script's networks load it too."""
         return {name: state for name, state in self.state_dict().items() if name in ("actor", "qf")}
 
     def state_dict(self):
@@ -277,7 +275,7 @@ def main(args: Args):
     agent = DDPG(args, env.observation_space, env.action_space, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
 
-    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # with --resume, it restores them
+    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # --resume restores both from the checkpoint
         episode_over = True
         for global_step in run.steps():
             if episode_over:  # receive s_1
@@ -287,7 +285,7 @@ def main(args: Args):
             learning = global_step > args.learning_starts
             action = agent.act(obs) if learning else env.action_space.sample()
 
-            # Execute a_t, observe r_t and s_t+1, store the transition: after a time limit too, with the real s_t+1
+            # Execute a_t, observe r_t and s_t+1, store the transition (at an episode's end too with the real s_t+1)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             buffer.add(obs, action, reward, next_obs, 0 if terminated else args.gamma)
             obs, episode_over = next_obs, terminated or truncated
@@ -303,14 +301,12 @@ def main(args: Args):
             if due.evaluation:
                 run.add_evaluation(*evaluate(agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
             if due.model:
-                run.save_model(obs_dim=obs_dim, **agent.model_state())
+                run.save_model(agent.model_state())
             if due.checkpoint:
                 run.save_checkpoint()
-        run.finish([evaluate(agent, *starts, args.max_eval_steps)[0] for starts in run.final_starts()])
+        returns = [evaluate(agent, envs, seed, args.max_eval_steps)[0] for envs, seed in run.final_starts()]
+        run.finish(returns)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.resume or args.evaluate:  # the run's own flags, under those of the command line
-        args = tyro.cli(Args, default=saved_args(args))
-    main(args)
+    main(parse_args(Args))

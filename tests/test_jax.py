@@ -52,21 +52,20 @@ def parameters(network) -> dict:
 # The same algorithm
 
 
-@pytest.mark.parametrize("policy_frequency", [1, 2])
-def test_ten_updates_are_the_torch_scripts(policy_frequency):
+@pytest.mark.parametrize("flags", [{}, dict(policy_frequency=2, learning_rate=1e-3, tau=0.1)], ids=str)
+def test_ten_updates_are_the_torch_scripts(flags):
     """Losses, gradient norms, the parameters of all four networks, and both moments of both optimisers."""
-    mine, torchs = agent(), agent(tuned, matmul="mkl")
+    mine, torchs = agent(**flags), agent(tuned, **flags, matmul="mkl")
     mine.load_state_dict({name: parameters(getattr(torchs, name)) for name in NETWORKS})
     for i in range(10):
-        rows, update_actor = random_rows(), i % policy_frequency == 0
+        rows, update_actor = random_rows(), i % mine.args.policy_frequency == 0
         losses, expected = mine.update(rows, update_actor), torchs.update(torch_batch(rows), update_actor)
         assert {tag: float(value) for tag, value in losses.items()} == pytest.approx(
             {tag: value.item() for tag, value in expected.items()}, rel=1e-5, abs=1e-5
         )
         diagnostics, expected = mine.diagnostics(rows), torchs.diagnostics(torch_batch(rows))
         assert diagnostics.keys() == expected.keys()
-        tag = "charts/saturated_actions"
-        assert float(diagnostics[tag]) == pytest.approx(expected[tag].item())
+        assert float(diagnostics["charts/saturated_actions"]) == expected["charts/saturated_actions"].item()
 
     state = mine.state_dict()
     for name in NETWORKS:
@@ -90,7 +89,8 @@ def test_ten_updates_learn_something():
     for _ in range(10):
         mine.update(random_rows())
     for name in NETWORKS:
-        assert all((first[name][key] - value).abs().max() > 1e-5 for key, value in mine.state_dict()[name].items())
+        now = mine.state_dict()[name]
+        assert max((first[name][key] - value).abs().max() for key, value in now.items()) > 5e-5
 
 
 def test_initial_weights_are_distributed_as_torchs():
@@ -122,7 +122,8 @@ def test_shapes_and_unequal_bounds():
 
 def test_exploration_noise_is_normal_and_its_size_is_in_halves_of_the_range():
     mine, obs = agent(exploration_noise=0.01), np.zeros(OBS_DIM)
-    noise = np.array([np.subtract(*(mine.act(obs), mine.actions[0])) for _ in range(3000)]) / ((HIGH - LOW) / 2)
+    greedy = mine.actor(torch.zeros(1, OBS_DIM)).numpy()[0]
+    noise = np.array([mine.act(obs) - greedy for _ in range(3000)]) / ((HIGH - LOW) / 2)
     assert noise.std(0) == pytest.approx([0.01] * 3, rel=0.1) and np.abs(noise.mean(0)).max() < 1e-3
     assert np.abs(np.corrcoef(noise[:-1].T, noise[1:].T)).max(where=~np.eye(6, dtype=bool), initial=0) < 0.1
 
@@ -239,7 +240,7 @@ def learn(times):
         agent.update(rows, i % 3 > 0)
 learn(10)
 before = seconds()
-learn(300)
+learn(150)
 print(*np.subtract(seconds(), before))
 """
 
@@ -267,13 +268,14 @@ def test_flags_that_are_not_for_it_are_refused(flags, cli, capsys, tmp_path):
     assert error.startswith(f"error: {flags.split()[0].replace('--no-torch', '--torch')} is not for jax_ddpg.py")
 
 
-def test_the_others_mean_what_they_do_in_the_torch_script(run):
-    """Each changes what is learnt."""
-    flags = dict(learning_rate=1e-3, gamma=0.9, tau=0.1, batch_size=8, exploration_noise=0.5, policy_frequency=2)
-    default = model(run(jax_ddpg))["actor"]
-    for i, (name, value) in enumerate((flags | dict(buffer_size=50, seed=9)).items()):
-        changed = model(run(jax_ddpg, **{name: value}, run_name=f"run{i}"))["actor"]
-        assert not torch.equal(changed["fc1.weight"], default["fc1.weight"]), name
+def test_the_other_flags_reach_the_buffer(run, made):
+    buffers, sizes = made(jax_ddpg, "ReplayBuffer"), set()
+    original = jax_ddpg.ReplayBuffer.sample
+    jax_ddpg.ReplayBuffer.sample = lambda buffer, size: sizes.add(size) or original(buffer, size)  # of the spy
+    run(jax_ddpg, gamma=0.9, batch_size=8, buffer_size=50)
+    (buffer,) = buffers
+    assert sizes == {8} and buffer.array.shape == (50, 2 + 1 + 1 + 2 + 1)
+    assert (buffer.array[:, -1] == np.float32(0.9)).all()
 
 
 def test_without_jax_one_line_says_how_to_install_it(tmp_path):
