@@ -11,19 +11,19 @@ import csv
 import functools
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ddpg_continuous_action
+from ddpg_continuous_action import exit_unless
 
+ROOT = Path(__file__).resolve().parents[1]
 EVAL_EPISODES = 10  # as in the scripts' own evaluations
 
 
@@ -37,6 +37,8 @@ class Args:
         "Humanoid-v5",
         "Pusher-v5",
         "Ant-v5",
+        "MountainCarContinuous-v0",
+        "Pendulum-v1",
     )
     """environments to measure"""
     scripts: tuple[str, ...] = ("ddpg_continuous_action", "ddpg_paper_faithful")
@@ -48,7 +50,7 @@ class Args:
 
 
 def random_returns(env_id: str, episodes: int) -> list[float]:
-    env, returns = gym.make(env_id), []
+    env, returns = ddpg_continuous_action.make_env(ddpg_continuous_action.Args(env_id=env_id)), []
     for episode in range(episodes):
         env.reset(seed=episode)
         env.action_space.seed(episode)
@@ -62,26 +64,22 @@ def random_returns(env_id: str, episodes: int) -> list[float]:
 
 
 def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
-    """The mean returns of freshly initialised actors, by the script's own evaluation."""
-    module = importlib.import_module(script)
-    envs = [gym.make(env_id) for _ in range(EVAL_EPISODES)]
-    obs_shape, action = envs[0].observation_space.shape, envs[0].action_space
-    obs = obs_shape if script == "ddpg_paper_faithful" else obs_shape[0]  # that one takes images too
-    returns = []
+    """The mean returns of freshly initialised agents, by the script's own evaluation."""
+    module, returns = importlib.import_module(script), []
+    args = module.Args(env_id=env_id, eval_episodes=EVAL_EPISODES)
+    envs = module.make_eval_envs(args, run_dir=None)
     for seed in range(1, episodes // EVAL_EPISODES + 1):
         torch.manual_seed(seed)
-        actor = module.Actor(obs, *map(torch.from_numpy, module.float32_bounds(action))).eval()
-        qf = module.QNetwork(obs, action.shape[0]).eval()
-        returns.append(module.evaluate(actor, qf, envs, seed, gamma=0.99)[0].mean())
+        agent = module.DDPG(args, envs[0].observation_space, envs[0].action_space, torch.device("cpu"))
+        first_seed = module.first_eval_seed(replace(args, seed=seed))
+        returns.append(module.evaluate(agent, envs, first_seed, args.max_eval_steps)[0].mean())
     return returns
 
 
 def main(args: Args):
-    if args.episodes < 2 * EVAL_EPISODES or args.episodes % EVAL_EPISODES:
-        print(f"error: --episodes must be a multiple of {EVAL_EPISODES}, at least two of them", file=sys.stderr)
-        sys.exit(2)
+    whole = args.episodes >= 2 * EVAL_EPISODES and args.episodes % EVAL_EPISODES == 0
+    exit_unless(whole, f"--episodes must be a multiple of {EVAL_EPISODES}, at least two of them")
     torch.set_num_threads(1)
-    mujoco.set_mju_user_warning(functools.cache(lambda text: print(f"mujoco: {text}", file=sys.stderr)))  # each once
     measured = {"random": random_returns}
     for script in args.scripts:
         measured[f"untrained {script}"] = functools.partial(untrained_returns, script)
@@ -90,12 +88,9 @@ def main(args: Args):
         rows = [row for row in csv.DictReader(args.out.open()) if row["env_id"] not in args.env_ids]
     for env_id in args.env_ids:
         for policy, measure in measured.items():
-            try:
-                returns = measure(env_id, args.episodes)
-            except gym.error.Error as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
-            mean, std = round(float(np.mean(returns)), 2), round(float(np.std(returns, ddof=1)), 2)
+            returns = measure(env_id, args.episodes)
+            # + 0.0 makes a 0 of -0.0
+            mean, std = round(float(np.mean(returns)), 2) + 0.0, round(float(np.std(returns, ddof=1)), 2)
             rows.append(dict(env_id=env_id, policy=policy, mean=mean, std=std, episodes=args.episodes))
             rows[-1] |= {package: version(package) for package in ("gymnasium", "mujoco")}
             print(f"{env_id}, {policy}: {mean} ± {std}", flush=True)

@@ -4,7 +4,7 @@
 
 Gaussian noise of 0.1, and the paper's Ornstein-Uhlenbeck process (theta 0.15, sigma 0.2) at two time steps, since the
 paper states none. With dt = 0.01, as in several libraries, it is nearly constant over an episode and reaches its
-stationary spread only after a thousand steps. Both are the scripts' own classes. In halves of the action range.
+stationary spread only after a thousand steps. Both are the tuned script's own classes. In halves of the action range.
 """
 
 import sys
@@ -16,8 +16,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ddpg_continuous_action import GaussianNoise
-from ddpg_paper_faithful import OrnsteinUhlenbeckNoise
+from ddpg_continuous_action import GaussianNoise, OrnsteinUhlenbeckNoise
 
 PROCESSES = 2_000  # simulated side by side
 STEPS = 1_000  # shown
@@ -26,8 +25,8 @@ SETTLED = 4_000  # steps after which the slowest process, which forgets in 667, 
 
 @dataclass
 class Args:
-    out: Path = Path(__file__).resolve().parent / "results" / "noise"
-    """the figure, without .png and .svg"""
+    out: Path = Path(__file__).resolve().parent / "results" / "noise.png"
+    """the figure"""
 
 
 def main(args: Args):
@@ -38,7 +37,7 @@ def main(args: Args):
         "Ornstein-Uhlenbeck, sigma 0.2, dt = 1": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 1.0), "#0072B2"),
         "Ornstein-Uhlenbeck, sigma 0.2, dt = 0.01": (OrnsteinUhlenbeckNoise(ones, 0.15, 0.2, 0.01), "#D55E00"),
     }
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "svg.hashsalt": "ddpg"})
+    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8})
     figure, (paths, reach, memory) = plt.subplots(1, 3, figsize=(9.3, 2.8), layout="constrained")
     for label, (noise, color) in noises.items():
         x = torch.stack([noise.sample().clone() for _ in range(SETTLED + 2 * STEPS)])  # (steps, processes)
@@ -60,8 +59,7 @@ def main(args: Args):
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(f"{args.out}.png", dpi=200)
-    figure.savefig(f"{args.out}.svg", metadata={"Date": None})
+    figure.savefig(args.out, dpi=200)
 
 
 if __name__ == "__main__":

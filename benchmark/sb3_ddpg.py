@@ -4,18 +4,17 @@
 
 Same flags, networks, hyperparameters, warm-up, exploration noise and evaluation (the script's own, on the same seeds),
 and the same eval.csv, args.json, result.json and TensorBoard log in runs/<run name>/, so that its curves can be laid
-over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resume starts a broken-off run over.
+over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resume starts an interrupted run over.
 """
 
-import json
-import shutil
 import sys
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import tyro
+import torch.nn as nn
 from stable_baselines3 import DDPG
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
@@ -24,91 +23,87 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_continuous_action as script
 
 SCRIPT = Path(__file__).stem
+NOT_FOR_SB3 = (
+    "evaluate track cudagraphs compile policy_frequency noise noise_anneal_steps layer_norm n_step target_noise"
+)
 
 
-class Greedy:
-    """SB3's actor as the script's evaluation takes one: observations to actions within the environment's bounds."""
+@dataclass
+class Args(script.Args):
+    exp_name: str = SCRIPT
+    """name of the experiment, part of the run's name"""
+
+
+class Actor(nn.Module):
+    """SB3's policy, whose network deals in actions from -1 to 1, with the interface of the script's Actor."""
 
     def __init__(self, model: DDPG):
-        self.model = model
-        self.action_low, self.action_high = (
-            torch.as_tensor(bound, device=model.device) for bound in (model.action_space.low, model.action_space.high)
-        )
+        super().__init__()
+        self.network = model.actor
+        low, high = model.action_space.low, model.action_space.high
+        self.low, self.high = (torch.as_tensor(bound, device=model.device) for bound in (low, high))
 
-    def __call__(self, obs):
-        scaled = self.model.actor(obs)  # SB3's networks deal in actions from -1 to 1
-        return self.action_low + 0.5 * (scaled + 1) * (self.action_high - self.action_low)
+    def forward(self, obs):
+        return self.low + 0.5 * (self.network(obs) + 1) * (self.high - self.low)
 
     def clip(self, action):
-        return action.clamp(self.action_low, self.action_high)
+        return action.clamp(self.low, self.high)
 
-    def q(self, obs, action):
-        scaled = 2 * (action - self.action_low) / (self.action_high - self.action_low) - 1
-        return self.model.critic.q1_forward(obs, scaled).squeeze(1)
+
+def as_agent(model: DDPG, args: script.Args) -> SimpleNamespace:
+    """SB3's model as the script's evaluate() takes an agent."""
+    actor = Actor(model)
+
+    def qf(obs, action):
+        scaled = 2 * (action - actor.low) / (actor.high - actor.low) - 1
+        return model.critic.q1_forward(obs, scaled).squeeze(1)
+
+    return SimpleNamespace(actor=actor, qf=qf, args=args, device=model.device)
 
 
 class Protocol(BaseCallback):
-    """What the script does beside learning, at the same steps: its log, its evaluation, eval.csv."""
+    """What the script's loop does around learning, at the same steps."""
 
-    def __init__(self, args: script.Args, run_dir: Path):
+    def __init__(self, run: script.Run, agent: SimpleNamespace):
         super().__init__()
-        self.args, self.run_dir, self.eval_rows = args, run_dir, []
-        self.eval_envs = script.make_eval_envs(args, run_dir) if args.eval_interval else []
-        self.log = script.Log(run_dir)
-        self.log_time, self.log_step = time.time(), 0
+        self.run, self.agent, self.steps = run, agent, run.steps()
 
     def _on_step(self) -> bool:
-        """Called after each environment step, before its update."""
-        step, args = self.num_timesteps, self.args
-        if step >= args.learning_starts and self.model.action_noise is None:  # in the warm-up SB3 would add it as well
+        """After each step of the environment, before its update."""
+        args, step = self.run.args, next(self.steps)
+        self.outcome = self.locals["rewards"][0], self.locals["dones"][0]
+        if step >= args.learning_starts and self.model.action_noise is None:  # SB3 would add it to random actions too
             zeros = np.zeros(self.model.action_space.shape)
             self.model.action_noise = NormalActionNoise(zeros, zeros + args.exploration_noise)
-        if step > args.learning_starts and step % script.LOG_INTERVAL == 0:
-            speed = (step - self.log_step) / (time.time() - self.log_time)
-            self.log.add({"charts/SPS": speed}, step)
-            self.log_time, self.log_step = time.time(), step
-        info = self.locals["infos"][0]
-        if "episode" in info:
-            self.log.add({"charts/episodic_return": float(info["episode"]["r"])}, step)
-        if args.eval_interval and step % args.eval_interval == 0 and step != args.total_timesteps:
-            self.evaluate()
         return True
 
-    def _on_training_end(self):
-        if self.args.eval_interval:
-            self.evaluate()
-        self.log.close()
+    def _on_rollout_start(self):
+        """Before each step of the environment, and so after the last one's update."""
+        if self.run.global_step:
+            self.after_update()
 
-    def evaluate(self):
-        args, actor = self.args, Greedy(self.model)
-        returns, discounted, q = script.evaluate(actor, actor.q, self.eval_envs, args.seed, args.gamma)
-        statistics = returns.mean(), returns.std(), returns.min(), returns.max()
-        self.eval_rows.append([self.num_timesteps, *map(float, statistics), len(returns)])
-        lines = [script.EVAL_COLUMNS, *self.eval_rows]
-        script.save(self.run_dir / "eval.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-        scalars = {"episodic_return": returns, "discounted_return": discounted, "q_estimate": q}
-        self.log.add({f"eval/{name}": values.mean() for name, values in scalars.items()}, self.num_timesteps)
-        print(f"step {self.num_timesteps:,} of {args.total_timesteps:,}, eval {returns.mean():.1f}", flush=True)
+    def _on_training_end(self):
+        self.after_update()
+        next(self.steps, None)  # the last line of progress
+
+    def after_update(self):
+        run, args = self.run, self.run.args
+        due = run.record_step(*self.outcome)
+        if run.global_step % script.LOG_INTERVAL == 0 and run.global_step > args.learning_starts:
+            run.log_losses({})  # none, but with the speed
+        if due.evaluation:
+            run.add_evaluation(*script.evaluate(self.agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
 
 
 def main(args: script.Args):
-    if args.resume:
-        args, _ = script.saved_run(Path(args.resume))
-        script.require(args.exp_name == SCRIPT, f"{args.resume} is no run of {SCRIPT}.py")  # it would be removed below
-    script.check_args(args)
-    script.require(args.policy_frequency == 1, "SB3's DDPG updates its actor at every step: --policy-frequency 1")
-    others = args.evaluate or args.track or args.cudagraphs or args.compile
-    script.require(not others, "--evaluate, --track, --cudagraphs and --compile are not for SB3's DDPG")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    run_name = args.run_name or f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    run_dir = Path(args.resume or f"runs/{run_name}")
-    if args.resume:
-        shutil.rmtree(run_dir)
-        args.resume = None
-    env = script.make_env(args)
-    script.open_run(args, run_dir, device, checkpoint=None)
+    for name in NOT_FOR_SB3.split():
+        allowed = getattr(args, name) == getattr(script.Args, name)
+        script.exit_unless(allowed, f"--{name.replace('_', '-')} is not for stable-baselines3's DDPG")
+    script.exit_unless(args.matmul != "onednn", "stable-baselines3 multiplies as torch does by itself: --matmul mkl")
+    args, device, env = script.set_up(args)
+    args = replace(args, matmul="mkl")  # what "auto" stands for here
+    if args.resume:  # which empties the folder's log
+        script.exit_unless(args.exp_name == SCRIPT, f"{args.resume} holds no run of {SCRIPT}.py")
 
     model = DDPG(
         "MlpPolicy",
@@ -125,21 +120,12 @@ def main(args: script.Args):
         seed=args.seed,
         device=device,
     )
-    start_time, protocol = time.time(), Protocol(args, run_dir)
-    model.learn(args.total_timesteps, callback=protocol, log_interval=None)
-    seconds = time.time() - start_time
-
-    final = [row[1] for row in protocol.eval_rows[-10:]]
-    result = {
-        "global_step": args.total_timesteps,
-        "final_return": float(np.mean(final)) if final else None,
-        "evaluations": len(protocol.eval_rows),
-        "seconds": seconds,
-        "steps_per_second": args.total_timesteps / seconds,
-    }
-    script.save(run_dir / "result.json", json.dumps(result, indent=2))
-    print(f"final return {result['final_return']}, the mean of the last {len(final)} evaluations; {run_dir}")
+    agent = as_agent(model, args)
+    with script.Run(args, device, env) as run:
+        model.learn(args.total_timesteps, callback=Protocol(run, agent), log_interval=None)
+        run.finish([script.evaluate(agent, *starts, args.max_eval_steps)[0] for starts in run.final_starts()])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(script.Args, default=script.Args(exp_name=SCRIPT)))
+    script.SCRIPT, script.Args = SCRIPT, Args  # which the script's functions look up
+    main(script.parse_args())

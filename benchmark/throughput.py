@@ -1,40 +1,57 @@
-"""Steps a second: our script and stable-baselines3 on the same work, the update against its limit, runs side by side.
+"""Steps a second of our scripts and their peers on the same work, updates against their limit, runs side by side.
 
-    python benchmark/throughput.py
+    python benchmark/throughput.py --out benchmark/results/throughput.md
+    python benchmark/throughput.py --against 16d24ab --scripts ddpg_continuous_action.py ddpg_paper_faithful.py
 
-Training runs are real ones, each a process of its own, without evaluations and checkpoints, timed after the warm-up by
-the clock in their TensorBoard logs. Whatever is compared alternates, round by round, since a machine's speed drifts.
-Leave the machine alone meanwhile. Prints Markdown tables.
+Training runs are real ones, launched by sweep.sh, without evaluations and checkpoints, timed after the warm-up by the
+clock in their TensorBoard logs. Whatever is compared alternates, round by round, since a machine's speed drifts. Leave
+the machine alone meanwhile. Prints Markdown.
 """
 
-import copy
+import importlib
+import itertools
+import multiprocessing
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
+from gymnasium.spaces import Box
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ddpg_continuous_action import LOG_INTERVAL, Actor, QNetwork, ReplayBuffer, require, update
+from ddpg_continuous_action import LOG_INTERVAL, exit_unless, mkl_holds_back, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 1_000  # random steps before learning, not timed; nor are those up to the log's first row after it
-OBS_DIM, ACTION_DIM, BATCH_SIZE = 17, 6, 256  # HalfCheetah-v5
-UPDATE_FLOPS = 357e6  # the matrix products that an update at these sizes cannot do without
+FLAGS = [f"--learning-starts {WARM_UP}", "--no-save-model"]
+FLAGS += ["--eval-interval 0", "--final-eval-episodes 0", "--checkpoint-interval 0"]
+OBS_DIM, ACTION_DIM = 17, 6  # HalfCheetah-v5
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = ("ddpg_continuous_action.py", "benchmark/sb3_ddpg.py", "ddpg_paper_faithful.py")
-    """scripts to compare, each with flags if need be: "ddpg_continuous_action.py --cudagraphs" """
+    scripts: tuple[str, ...] = (
+        "ddpg_continuous_action.py",
+        "benchmark/sb3_ddpg.py",
+        "benchmark/jax_ddpg.py",
+        "ddpg_paper_faithful.py",
+    )
+    """scripts to compare, each with its own flags and interpreter if need be: "PYTHON=~/jax/bin/python x.py --y 1" """
+    against: str | None = None
+    """commit whose versions of the scripts run beside today's, those of benchmark/ excepted"""
     env_id: str = "HalfCheetah-v5"
     """environment of the training runs"""
     steps: int = 5_000
@@ -45,42 +62,73 @@ class Args:
     """numbers of CPU threads"""
     cores: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     """runs side by side, one thread each, against one alone"""
+    out: Path | None = None
+    """file for what is printed"""
 
 
-def train(args: Args, script: str, threads: int, copies: int = 1) -> list[float]:
+@dataclass
+class Entry:
+    """What to train: one of --scripts, or its version of another commit."""
+
+    label: str
+    script: str
+    python: str = sys.executable
+    flags: list[str] = field(default_factory=list)
+    root: Path = field(default_factory=lambda: ROOT)  # of the repository that holds the script
+
+
+def parse_entry(text: str) -> Entry:
+    words = shlex.split(text)
+    python = sys.executable
+    if words and words[0].startswith("PYTHON="):
+        python = str(ROOT / Path(words.pop(0).removeprefix("PYTHON=")).expanduser())
+    exit_unless(words, f"--scripts names no script in '{text}'")
+    return Entry(" ".join(words), words[0], python, shlex.split(" ".join(FLAGS)) + words[1:])
+
+
+def why_not(entry: Entry) -> str | None:
+    """Why it cannot be run here, a library being missing, say; None if it can."""
+    if not (entry.root / entry.script).exists():
+        return "no such file"
+    try:
+        command = [entry.python, entry.root / entry.script, "--help"]
+        tried = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return tried.stderr.strip().splitlines()[-1] if tried.returncode else None
+
+
+def older_version(entry: Entry, commit: str, folder: Path) -> Entry:
+    """The script of that commit, in a repository of its own that holds today's sweep.sh."""
+    shown = subprocess.run(["git", "-C", ROOT, "show", f"{commit}:{entry.script}"], capture_output=True, text=True)
+    exit_unless(shown.returncode == 0, f"--against {commit}: {shown.stderr.strip()}")
+    (folder / "benchmark").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "benchmark/sweep.sh", folder / "benchmark")
+    (folder / entry.script).write_text(shown.stdout)
+    flags = []
+    for flag in FLAGS:  # those that it had already
+        name = re.sub("^--(no-)?", "", flag.split()[0]).replace("-", "_")
+        if re.search(rf"^    {name}: ", shown.stdout, re.MULTILINE):
+            flags += flag.split()
+    return Entry(f"{entry.script} at {commit}", entry.script, entry.python, flags, folder)
+
+
+def train(args: Args, entry: Entry, threads: int, copies: int = 1) -> list[float]:
     """Steps a second of so many runs at once."""
-    flags = f"--total-timesteps {WARM_UP + LOG_INTERVAL + args.steps} --learning-starts {WARM_UP} "
-    flags += f"--num-threads {threads} --env-id {args.env_id} --eval-interval 0 --checkpoint-interval 0 --no-save-model"
-    path, *own_flags = shlex.split(script)
-    command = [sys.executable, ROOT / path, *own_flags, *flags.split()]
+    settings = {"SCRIPT": entry.script, "PYTHON": entry.python, "ENVS": args.env_id, "OUT": "runs/throughput"}
+    settings |= {"STEPS": WARM_UP + LOG_INTERVAL + args.steps, "THREADS": threads, "JOBS": copies}
+    settings |= {"SEEDS": " ".join(map(str, range(1, copies + 1))), "VARIANT": "default"}
+    command = [entry.root / "benchmark/sweep.sh", *(f"{name}={value}" for name, value in settings.items())]
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        names = [f"run{i}" for i in range(copies)]
-        runs = [
-            subprocess.Popen([*command, "--run-name", name], cwd=folder, env=env, stdout=subprocess.DEVNULL)
-            for name in names
-        ]
-        if any([run.wait() for run in runs]):  # a list: wait for all of them
+        sweep = subprocess.run([*command, "--", *entry.flags], cwd=folder, stdout=subprocess.DEVNULL)
+        if sweep.returncode:  # it has said why
             sys.exit(1)
-        return [logged_speed(f"{folder}/runs/{name}") for name in names]
+        return [logged_speed(path.parent) for path in Path(folder).glob("runs/*/*/args.json")]
 
 
-def logged_speed(run_dir: str) -> float:
-    rows = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
+def logged_speed(run_dir: Path) -> float:
+    rows = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
     return (rows[-1].step - rows[0].step) / (rows[-1].wall_time - rows[0].wall_time)
-
-
-def make_learner():
-    """The script's own update on a batch of its own replay buffer, at HalfCheetah's sizes."""
-    high = torch.ones(ACTION_DIM)
-    actor, qf = Actor(OBS_DIM, -high, high), QNetwork(OBS_DIM, ACTION_DIM)
-    target_actor, target_qf = (copy.deepcopy(network).requires_grad_(False) for network in (actor, qf))
-    optimizers = [torch.optim.Adam(network.parameters(), lr=3e-4, fused=True) for network in (actor, qf)]
-    buffer, rng = ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu")), np.random.default_rng(0)
-    for _ in range(10_000):
-        obs, next_obs = rng.normal(size=(2, OBS_DIM))
-        buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, False)
-    return lambda: update(actor, qf, target_actor, target_qf, *optimizers, buffer.sample(BATCH_SIZE), 0.99, 0.005)
 
 
 def seconds_each(function, repeats: int) -> float:
@@ -90,17 +138,52 @@ def seconds_each(function, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def time_update(rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of an update, and of its matrix products alone at the rate of a 256 x 256 x 256 product."""
-    learn, a, b, out = make_learner(), *torch.rand(3, 256, 256)
-    updates, limits = [], []
+def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
+    """Of a script's update at HalfCheetah's sizes, and of the product of its two hidden layers, the rounds' figures.
+
+    mkl, onednn: the update with that --matmul, in seconds; limit: its matrix products alone, at the rate of the fastest
+    of the products, torch's by MKL and by oneDNN, and NumPy's. Those rates, GFLOP/s, are the rest.
+    """
+    script = importlib.import_module(module_name)
+    args, high, cpu = script.Args(), np.ones(ACTION_DIM, np.float32), torch.device("cpu")
+    agent = script.DDPG(args, Box(-np.inf, np.inf, (OBS_DIM,)), Box(-high, high), cpu)
+    buffer, rng = script.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, cpu), np.random.default_rng(0)
+    for _ in range(10_000):
+        obs, next_obs = rng.normal(size=(2, OBS_DIM))
+        buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, args.gamma)
+
+    def learn():
+        return agent.update(buffer.sample(args.batch_size))
+
+    with FlopCounterMode(display=False) as counter:
+        learn()
+    flops = counter.get_total_flops()
+    x, weight = torch.rand(args.batch_size, agent.actor.fc2.in_features), agent.actor.fc2.weight.detach()
+    np_x, np_weight, np_out = x.numpy(), weight.numpy().T, np.empty((len(x), len(weight)), np.float32)
+    product_flops = 2 * x.numel() * len(weight)
+    learn_by_onednn, seconds_each_by_onednn = map(script.multiplied_by_onednn, (learn, seconds_each))
+
+    figures = {name: [] for name in ("mkl", "onednn", "limit", "torch, MKL", "torch, oneDNN", "NumPy")}
     for i in range(rounds + 1):
-        limit = seconds_each(lambda: torch.mm(a, b, out=out), 500) * UPDATE_FLOPS / (2 * 256**3)
-        seconds = seconds_each(learn, 100)
+        seconds = {
+            "torch, MKL": seconds_each(lambda: F.linear(x, weight), 500),
+            "torch, oneDNN": seconds_each_by_onednn(lambda: F.linear(x, weight), 500),
+            "NumPy": seconds_each(lambda: np.matmul(np_x, np_weight, out=np_out), 500),
+        }
+        measured = {name: product_flops / value / 1e9 for name, value in seconds.items()}
+        measured |= {"limit": min(seconds.values()) * flops / product_flops}
+        measured |= {"mkl": seconds_each(learn, 100), "onednn": seconds_each(learn_by_onednn, 100)}
         if i:  # the first round warms up
-            limits.append(limit)
-            updates.append(seconds)
-    return updates, limits
+            for name, value in measured.items():
+                figures[name].append(value)
+    return figures
+
+
+def in_own_process(threads: int, function, *arguments):
+    """The function's value where every library, NumPy's OpenBLAS among them, has that many threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def spread(values, form=".0f") -> str:
@@ -108,40 +191,104 @@ def spread(values, form=".0f") -> str:
     return f"{np.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def main(args: Args):
-    require(args.steps > 0 and args.steps % LOG_INTERVAL == 0, f"--steps must be a multiple of {LOG_INTERVAL}")
-    print(
-        f"Median of {args.rounds} rounds (range). torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-    )
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
-    print(f"\nTraining on {args.env_id}, {args.steps:,} steps after the warm-up, without evaluations:\n")
-    print("| steps a second | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in args.threads) + " |")
-    print("| --- |" + " --- |" * len(args.threads), flush=True)
-    speeds = {(script, threads): [] for script in args.scripts for threads in args.threads}
+
+def header(*cells) -> str:
+    return f"\n{row(*cells)}\n{row(*['---'] * len(cells))}"
+
+
+def training_tables(args: Args, entries: list[Entry], pairs: list[tuple[Entry, Entry]]):
+    speeds = {(entry.label, threads): [] for entry in entries for threads in args.threads}
     for _ in range(args.rounds):
-        for (script, threads), values in speeds.items():
-            values += train(args, script, threads)
-    for script in args.scripts:
-        print(f"| {script} | " + " | ".join(spread(speeds[script, threads]) for threads in args.threads) + " |")
+        for entry, threads in itertools.product(entries, args.threads):
+            speeds[entry.label, threads] += train(args, entry, threads)
+    columns = [f"{threads} thread{'s' * (threads > 1)}" for threads in args.threads]
+    yield f"\nTraining on {args.env_id}, {args.steps:,} steps after the warm-up, without evaluations:"
+    yield header("steps a second", *columns)
+    for entry in entries:
+        yield row(entry.label, *(spread(speeds[entry.label, threads]) for threads in args.threads))
+    if pairs:
+        yield header("times as fast", *columns)
+    for entry, other in pairs:
+        ratios = (np.divide(speeds[entry.label, threads], speeds[other.label, threads]) for threads in args.threads)
+        yield row(f"{entry.label} / {other.label}", *(spread(ratio, ".2f") for ratio in ratios))
 
-    print("\nOne update of ddpg_continuous_action.py (batch sampled from the buffer, both networks, both targets):\n")
-    print("| threads | update, ms | its matrix products alone, ms | update / limit |\n| --- | --- | --- | --- |")
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        updates, limits = time_update(args.rounds)
-        ratios = spread(np.divide(updates, limits), ".2f")
-        milliseconds = (spread([1e3 * value for value in values], ".2f") for values in (updates, limits))
-        print(f"| {threads} | " + " | ".join([*milliseconds, ratios]) + " |", flush=True)
-    print(f"\nThe limit: {UPDATE_FLOPS / 1e6:.0f} MFLOP at the rate of a 256 x 256 x 256 product, measured in turn.")
 
-    print(f"\n{args.scripts[0]}, {args.cores} runs side by side on {args.cores} cores, one thread each:\n")
+def update_tables(args: Args, scripts: list[str]):
+    figures = {}
+    for script, threads in itertools.product(scripts, args.threads):
+        figures[script, threads] = in_own_process(threads, time_update, Path(script).stem, args.rounds)
+    yield "\nOne update (batch sampled from the buffer, both networks and targets); and its limit, its matrix products"
+    yield "alone at the rate of the fastest library:"
+    yield header("update, ms", "threads", "--matmul mkl", "--matmul onednn", "limit", "mkl / limit", "onednn / limit")
+    for (script, threads), update in figures.items():
+        milliseconds = (spread(1e3 * np.array(update[name]), ".2f") for name in ("mkl", "onednn", "limit"))
+        ratios = (spread(np.divide(update[name], update["limit"]), ".2f") for name in ("mkl", "onednn"))
+        yield row(script, threads, *milliseconds, *ratios)
+    libraries = "torch, MKL", "torch, oneDNN", "NumPy"
+    yield header("product of a batch and the hidden layers, GFLOP/s", "threads", *libraries)
+    for (script, threads), update in figures.items():
+        yield row(script, threads, *(spread(update[name]) for name in libraries))
+
+
+def side_by_side_table(args: Args, entry: Entry):
     alone, together = [], []
     for _ in range(args.rounds):
-        alone += train(args, args.scripts[0], 1)
-        together.append(sum(train(args, args.scripts[0], 1, args.cores)))
-    print("| runs | steps a second, all runs together | times one run |\n| --- | --- | --- |")
-    print(f"| 1 | {spread(alone)} | |")
-    print(f"| {args.cores} | {spread(together)} | {spread(np.divide(together, alone), '.2f')} |")
+        alone += train(args, entry, 1)
+        together.append(sum(train(args, entry, 1, args.cores)))
+    yield f"\n{entry.label}, {args.cores} runs side by side on {args.cores} cores, one thread each:"
+    yield header("runs", "steps a second, all runs together", "times one run")
+    yield row(1, spread(alone), "")
+    yield row(args.cores, spread(together), spread(np.divide(together, alone), ".2f"))
+
+
+def report(args: Args, folder: Path):
+    """The page, piece by piece as it is measured."""
+    entries, skipped = [], []
+    for entry in map(parse_entry, args.scripts):
+        if reason := why_not(entry):
+            skipped.append(f"Left out: {entry.label}: {reason}")
+        else:
+            entries.append(entry)
+    exit_unless(entries, f"nothing to measure. {' '.join(skipped)}")
+    first = entries[0]
+    pairs = [
+        (first, peer) for peer in entries[1:] if peer.script.startswith("benchmark/") or peer.script == first.script
+    ]
+    ours = [entry for entry in entries if "/" not in entry.script]
+    if args.against:
+        pairs += [(entry, older_version(entry, args.against, folder)) for entry in ours]
+    older = [other for _, other in pairs if other not in entries]
+
+    about = provenance(torch.device("cpu"))
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    yield f"Median of {args.rounds} rounds (range). Commit {about['commit'] or 'unknown'}; {versions};"
+    yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"
+    yield f"{args.cores} cores; `--matmul auto` stands for {'onednn' if mkl_holds_back() else 'mkl'} here."
+    yield from (f"\n{line}" for line in skipped)
+    yield from training_tables(args, entries + older, pairs)
+    yield from update_tables(args, list(dict.fromkeys(entry.script for entry in ours)))
+    yield from side_by_side_table(args, first)
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return found[1] if found else "unknown CPU"
+
+
+def main(args: Args):
+    exit_unless(args.steps > 0 and args.steps % LOG_INTERVAL == 0, f"--steps must be a multiple of {LOG_INTERVAL}")
+    exit_unless(args.rounds > 0 and min(args.threads) > 0, "--rounds and --threads must be positive")
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for line in report(args, Path(folder)):
+            print(line, flush=True)
+            lines.append(line)
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the tests share: the two scripts as modules, runs of them in this process or another, and their outputs."""
 
+import ast
 import csv
 import os
 import signal
@@ -10,10 +11,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: there is a worker a core already
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-import tyro
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
@@ -32,6 +33,7 @@ TINY = dict(  # a whole run, past warm-up, evaluation, logging and saving, in a 
     buffer_size=100,
     eval_interval=60,
     eval_episodes=2,
+    final_eval_episodes=2,
     num_threads=1,
     exp_name="test",
 )
@@ -52,6 +54,8 @@ def own_process_state():
         torch.backends.cudnn.deterministic,
     )
     torch.manual_seed(0)
+    for script in SCRIPTS:
+        script.warn.cache_clear()  # each text once a process
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -93,12 +97,14 @@ def made(monkeypatch):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch):
-    """cli(script, "--flag", ...) is the script's last line, under that command line, in an empty folder."""
+    """cli(script, "--flag", ...) runs the script's `__main__` block, under that command line, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def cli(script, *flags):
         monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *map(str, flags)])
-        return script.main(tyro.cli(script.Args))
+        block = ast.parse(Path(script.__file__).read_text()).body[-1]
+        assert ast.unparse(block.test) == "__name__ == '__main__'"
+        exec(compile(ast.Module(block.body, []), script.__file__, "exec"), dict(vars(script)))
 
     return cli
 
@@ -145,28 +151,34 @@ def weights(network) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def networks(script, obs_dim=3, low=(-1.0,), high=(1.0,), **options):
-    """Actor and critic of either script; the paper's without batch normalisation unless asked for."""
-    low, high = torch.tensor(low), torch.tensor(high)
-    if script is tuned:
-        return tuned.Actor(obs_dim, low, high), tuned.QNetwork(obs_dim, len(low))
-    options = {"batch_norm": False} | options
-    return paper.Actor((obs_dim,), low, high, **options), paper.QNetwork((obs_dim,), len(low), **options)
+def felt_weights(network) -> torch.Tensor:
+    """Without the biases just before a batch normalisation, which takes them out: their gradients are rounding."""
+    norm_after = {"input.bias": "norm1", "fc1.bias": "norm1", "fc2.bias": "norm2"}
+    norms = {name: getattr(network, norm_after.get(name, ""), None) for name, _ in network.named_parameters()}
+    felt = [p for name, p in network.named_parameters() if not isinstance(norms[name], torch.nn.BatchNorm1d)]
+    return torch.cat([parameter.detach().flatten() for parameter in felt])
 
 
-def noise(script, scale, std=0.1):
-    """Exploration noise whose next sample is normal with standard deviation std x scale."""
-    scale = torch.tensor(scale)
-    return tuned.GaussianNoise(std * scale) if script is tuned else paper.OrnsteinUhlenbeckNoise(scale, 0.15, std, 1.0)
+def agent(script, obs_dim=3, low=(-1.0,), high=(1.0,), **flags):
+    """The script's own agent in such spaces; the paper's without batch normalisation unless asked for."""
+    flags = ({"batch_norm": "none"} if script is paper else {}) | flags
+    spaces = gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), gym.spaces.Box(np.float32(low), np.float32(high))
+    return script.DDPG(script.Args(**flags), *spaces, CPU)
 
 
-def random_batch(script, obs_dim=3, action_dim=1, n=32):
+def networks(script, *args, **kwargs):
+    """Actor and critic of such an agent."""
+    made = agent(script, *args, **kwargs)
+    return made.actor, made.qf
+
+
+def random_batch(script, obs_dim=3, action_dim=1, n=32, gamma=0.99):
     return script.Batch(
         obs=torch.randn(n, obs_dim),
         action=torch.rand(n, action_dim) * 2 - 1,
         reward=torch.randn(n),
         next_obs=torch.randn(n, obs_dim),
-        terminated=(torch.rand(n) < 0.2).float(),
+        discount=gamma * (torch.rand(n) > 0.2),
     )
 
 

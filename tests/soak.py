@@ -23,8 +23,9 @@ RUNS = {
 
 
 def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
-    start = time.time()
-    assert run(cwd, script, flags.replace("--run-name x", "--run-name y")).code == 0
+    start, reference = time.time(), cwd / "uninterrupted"
+    reference.mkdir()
+    assert run(reference, script, flags).code == 0
     duration, run_dir, kills, writing, runs, steps = time.time() - start, cwd / "runs/x", 0, 0, 0, []
     while kills < KILLS:  # and again, until there were enough of them
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -39,7 +40,7 @@ def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
             writing += len(list(run_dir.glob("*.tmp")))
             checkpoint = run_dir / "checkpoint.pt"
             steps += [torch.load(checkpoint, weights_only=True)["global_step"]] if checkpoint.exists() else []
-        assert outcome(run_dir) == outcome(cwd / "runs/y")
+        assert outcome(run_dir) == outcome(reference / "runs/x")
         runs += 1
     return f"{kills} kills ({writing} while writing), {runs} runs, all the same bytes; resumed from {steps}"
 

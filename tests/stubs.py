@@ -46,7 +46,7 @@ class Scripted(gym.Env):
         self.render_mode, self.size = render_mode, size
         self.observation_space = Box(0, np.inf, (2,), np.float32)
         self.action_space = Box(LOW, HIGH)
-        self.episode, self.actions = -1, []
+        self.episode, self.actions, self.seeds = -1, [], []
         self.made.append(self)
 
     def observe(self):
@@ -54,6 +54,7 @@ class Scripted(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.seeds.append(seed)
         self.episode, self.t = self.episode + 1, 0
         return self.observe(), {}
 
@@ -71,6 +72,21 @@ class Scripted(gym.Env):
         picture[..., 0], picture[..., 1] = self.episode, self.t
         picture[: self.size // 2, : self.size // 4, 2] = 200
         return picture
+
+
+class InPlace(Scripted):
+    """Hands out one and the same array every time, and overwrites the action it was given."""
+
+    obs = np.zeros(2, np.float32)
+
+    def observe(self):
+        self.obs[:] = super().observe()
+        return self.obs
+
+    def step(self, action):
+        result = super().step(action)
+        action[:] = 99
+        return result
 
 
 class Unrendered(Point):
@@ -95,6 +111,8 @@ UNSUITABLE = {
     "DictAction": dict(action=Dict(a=Box(-1, 1, (1,)))),
     "UnboundedAction": dict(action=Box(-np.inf, np.inf, (1,), np.float32)),
     "HalfBoundedAction": dict(action=Box(-1, np.inf, (1,), np.float32)),
+    "HugeAction": dict(action=Box(-3e38, 3e38, (1,), np.float32)),
+    "PointAction": dict(action=Box(np.float32([0, 1]), np.float32([1, 1]))),
     "MatrixAction": dict(action=Box(-1, 1, (2, 2), np.float32)),
     "DiscreteObs": dict(obs=Discrete(3)),
     "DictObs": dict(obs=Dict(a=Box(-1, 1, (1,)))),
@@ -108,5 +126,6 @@ gym.register("OtherPoint-v0", Point)
 gym.register("NanReward-v0", Point, kwargs=dict(bad_reward=np.nan))
 gym.register("InfiniteReward-v0", Point, kwargs=dict(bad_reward=np.inf))
 gym.register("Scripted-v0", Scripted)
+gym.register("InPlace-v0", InPlace, disable_env_checker=True)  # it would warn of this
 gym.register("Unrendered-v0", Unrendered)
 gym.register("RenderModeless-v0", RenderModeless)

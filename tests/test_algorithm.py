@@ -1,7 +1,12 @@
 """The algorithm's parts, held against hand-computed numbers, plain Python, and stable-baselines3."""
 
 import copy
+import io
+import json
 import random
+import re
+import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -9,7 +14,21 @@ import pytest
 import stubs
 import torch
 import torch.nn as nn
-from conftest import CPU, TINY, model, networks, noise, numpy, paper, random_batch, tuned, weights
+from conftest import (
+    CPU,
+    ROOT,
+    TINY,
+    agent,
+    felt_weights,
+    model,
+    networks,
+    numpy,
+    paper,
+    process,
+    random_batch,
+    tuned,
+    weights,
+)
 from stable_baselines3 import DDPG
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -33,7 +52,7 @@ def test_networks_compute_what_the_paper_draws():
     x = relu(linear(actor.fc2, relu(linear(actor.fc1, numpy(obs)))))
     mu = np.tanh(linear(actor.fc_mu, x)) * [0.4, 2.0] + [0.0, -1.0]
     np.testing.assert_allclose(numpy(actor(obs)), mu, atol=1e-6)
-    x = relu(linear(qf.fc2, relu(linear(qf.fc1, np.hstack([numpy(obs), numpy(action)])))))
+    x = relu(linear(qf.fc2, relu(linear(qf.fc1, np.hstack([numpy(obs), (numpy(action) - [0.0, -1.0]) / [0.4, 2.0]])))))
     np.testing.assert_allclose(numpy(qf(obs, action)), linear(qf.fc3, x)[:, 0], atol=1e-6)
     assert [tuple(p.shape) for p in qf.parameters()][::2] == [(256, 5), (256, 256), (1, 256)]
 
@@ -65,32 +84,53 @@ def test_actions_reach_their_own_bounds_and_no_further(script, low, high):
 
 
 @pytest.mark.parametrize("low, high", BOUNDS)
-def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script, low, high):
+@pytest.mark.parametrize("std", [0.1, 5.0])
+def test_exploration_is_scaled_per_dimension_and_stays_within_the_bounds(script, low, high, std):
     """Each dimension a thousand times over: one call is a thousand samples."""
     half_range, middle = np.subtract(high, low) / 2, np.add(high, low) / 2
-    actor, _ = networks(script, low=low * 1000, high=high * 1000)
-    nn.init.zeros_(actor.fc_mu.weight), nn.init.zeros_(actor.fc_mu.bias)
-    for std in 0.1, 5.0:
-        process = noise(script, tuple(half_range.tolist()) * 1000, std)
-        greedy, explored = script.explore(actor, torch.zeros(1, 3), process).numpy().reshape(2, 1000, -1)
-        np.testing.assert_allclose(greedy, [middle] * 1000, atol=1e-6)
-        assert (explored >= np.float32(low)).all() and (explored <= np.float32(high)).all()
-        if std == 0.1:
-            np.testing.assert_allclose(explored.std(0) / half_range, std, rtol=0.1)
-            np.testing.assert_allclose(explored.mean(0), middle, atol=0.02 * half_range.max())
-        else:  # clipped, not squashed or drawn anew
-            assert np.isin(explored, np.float32([low, high])).mean() > 0.7
+    flag = "exploration_noise" if script is tuned else "ou_sigma"
+    explorer = agent(script, low=low * 1000, high=high * 1000, **{flag: std})
+    nn.init.zeros_(explorer.actor.fc_mu.weight), nn.init.zeros_(explorer.actor.fc_mu.bias)
+    explored = explorer.explore().numpy().reshape(1000, -1)
+    assert (explored >= np.float32(low)).all() and (explored <= np.float32(high)).all()
+    if std == 0.1:
+        np.testing.assert_allclose(explored.std(0) / half_range, std, rtol=0.1)
+        np.testing.assert_allclose(explored.mean(0), middle, atol=0.02 * half_range.max())
+    else:  # clipped, not squashed or drawn anew
+        assert np.isin(explored, np.float32([low, high])).mean() > 0.7
+
+
+def test_act_gives_the_explored_action_of_the_observation_it_was_given(script):
+    """And keeps it: its mean distance from the greedy one is what is logged."""
+    actor_and_noise, obs = agent(script, low=(-0.4, -3.0), high=(0.4, 1.0)), np.float64([0.3, -2.0, 5.0])
+    actor_and_noise.noise.sample = lambda: torch.tensor([0.1, -0.2])
+    action = actor_and_noise.act(obs)
+    greedy = numpy(actor_and_noise.actor(torch.tensor(obs[None], dtype=torch.float32)))[0]
+    np.testing.assert_allclose(action, greedy + [0.1, -0.2], atol=1e-6)
+    np.testing.assert_array_equal(actor_and_noise.action, action)
+    scalars = actor_and_noise.diagnostics(random_batch(script, action_dim=2))
+    assert scalars["charts/exploration_difference"] == pytest.approx(0.15, abs=1e-6)
 
 
 @pytest.mark.parametrize("low, high", [(-0.4, 0.4), (0.3, 0.7), (-0.1, 1e6 + 0.1)])
 def test_bounds_that_no_float32_equals_are_kept(script, low, high):
     space = gym.spaces.Box(low, high, (1,), np.float64)
     inner_low, inner_high = script.float32_bounds(space)
-    assert inner_low.dtype == inner_high.dtype == np.float32
+    assert inner_low.dtype == inner_high.dtype == torch.float32
     assert low <= inner_low < low + 1e-7 and high - 0.1 < inner_high <= high
     actor, _ = networks(script, low=inner_low.tolist(), high=inner_high.tolist())
     for action in actor.clip(torch.tensor([[-1e9], [1e9]])).numpy():
         assert space.contains(action)
+
+
+@pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
+@pytest.mark.parametrize("env", ["HugeAction", "PointAction"])
+def test_bounds_that_cannot_be_scaled_are_refused(script, env, capfd):
+    """Their difference is infinite in float32, or zero."""
+    with pytest.raises(SystemExit) as end:
+        script.make_env(script.Args(env_id=f"stubs:{env}-v0"))
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "DDPG needs bounds that differ" in said
 
 
 def test_gaussian_noise_is_independent_from_step_to_step():
@@ -104,16 +144,16 @@ def test_gaussian_noise_is_independent_from_step_to_step():
 
 def transition(rng, i):
     obs, next_obs = [i, rng.random()], [i + 1, rng.random()]
-    return np.float32(obs), np.float32([rng.random()]), rng.random(), np.float32(next_obs), rng.random() < 0.3
+    return np.float32(obs), np.float32([rng.random()]), rng.random(), np.float32(next_obs), rng.choice([0, 0.5, 0.99])
 
 
 def as_rows(batch):
-    columns = batch.obs, batch.action, batch.reward[:, None], batch.next_obs, batch.terminated[:, None]
+    columns = batch.obs, batch.action, batch.reward[:, None], batch.next_obs, batch.discount[:, None]
     return torch.cat(columns, 1).tolist()
 
 
-def as_row(obs, action, reward, next_obs, terminated):
-    return [*obs.tolist(), *action.tolist(), float(np.float32(reward)), *next_obs.tolist(), float(terminated)]
+def as_row(obs, action, reward, next_obs, discount):
+    return np.float32([*obs, *action, reward, *next_obs, discount]).tolist()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,7 +181,7 @@ def test_replay_buffer_is_a_bounded_list(script, seed):
 def test_replay_buffer_samples_uniformly(script, added):
     buffer, n = script.ReplayBuffer(100, 1, 1, CPU), 200_000
     for i in range(added):
-        buffer.add([i], [0], 0, [0], False)
+        buffer.add([i], [0], 0, [0], 0.99)
     drawn, counts = np.unique(buffer.sample(n).obs.numpy(), return_counts=True)
     assert drawn.tolist() == list(range(max(0, added - 100), added))
     expected = n / len(drawn)
@@ -152,23 +192,25 @@ def test_replay_buffer_samples_uniformly(script, added):
 def test_a_batch_is_drawn_with_replacement_and_independently(script):
     buffer = script.ReplayBuffer(10, 1, 1, CPU)
     for i in range(10):
-        buffer.add([i], [0], 0, [0], False)
+        buffer.add([i], [0], 0, [0], 0.99)
     first, second = buffer.sample(64).obs, buffer.sample(64).obs
     assert len(first) == 64 and not torch.equal(first, second)
 
 
-def test_what_lies_in_the_buffer_after_truncation_and_termination(script, run, made, monkeypatch):
-    """main() itself on a scripted environment: the real last observation, and only `terminated` marked."""
+@pytest.mark.parametrize("env", ["Scripted", "InPlace"])
+def test_what_lies_in_the_buffer_after_truncation_and_termination(script, run, made, monkeypatch, env):
+    """main() itself on a scripted environment: the real last observation, whose value counts unless it is terminal."""
     buffers = made(script, "ReplayBuffer")
     monkeypatch.setattr(stubs.Scripted, "made", [])
-    run(script, env_id="stubs:Scripted-v0", total_timesteps=90)
+    run(script, env_id=f"stubs:{env}-v0", total_timesteps=90)
 
     expected, episode, t = [], 0, 0
     for action in stubs.Scripted.made[0].actions:
         length, kind = stubs.Scripted.ENDINGS[episode % 5]
         over = t + 1 == length
         terminal = over and kind in ("terminated", "both")
-        expected.append([episode, t, *action.tolist(), 10 * episode + t, episode, t + 1, float(terminal)])
+        discount = 0 if terminal else np.float32(0.99)
+        expected.append([episode, t, *action.tolist(), 10 * episode + t, episode, t + 1, discount])
         episode, t = (episode + 1, 0) if over else (episode, t + 1)
     assert len(expected) == buffers[0].added == 90
     assert buffers[0].rows[:90].tolist() == expected
@@ -191,77 +233,199 @@ def test_critic_loss_by_hand(script):
         action=torch.tensor([[0.5], [0.0], [-1.0]]),
         reward=torch.tensor([1.0, 2.0, 3.0]),
         next_obs=torch.tensor([[1.0], [0.1], [2.0]]),
-        terminated=torch.tensor([0.0, 0.0, 1.0]),
+        discount=torch.tensor([0.5, 0.25, 0.0]),
     )
-    loss, q = script.critic_loss(
-        qf=lambda obs, action: (3 * obs + action).squeeze(1),
-        target_actor=lambda obs: 2 * obs,
-        target_qf=lambda obs, action: (obs + 10 * action).squeeze(1),
-        batch=batch,
-        gamma=0.5,
-    )
-    # Q' = 21, 2.1, 42; y = 1 + 10.5, 2 + 1.05, 3 (terminated); Q = 3.5, 6, 8; y - Q = 8, -2.95, -5
+    simple = agent(script)
+    del simple.qf, simple.target_actor, simple.target_qf
+    simple.qf = lambda obs, action: (3 * obs + action).squeeze(1)
+    simple.target_actor = lambda obs: 2 * obs
+    simple.target_qf = lambda obs, action: (obs + 10 * action).squeeze(1)
+    loss, q = simple.critic_loss(batch)
+    # Q' = 21, 2.1, 42; y = 1 + 10.5, 2 + 0.525, 3 (terminated); Q = 3.5, 6, 8; y - Q = 8, -3.475, -5
     assert q.tolist() == [3.5, 6.0, 8.0]
-    assert loss.item() == pytest.approx((8**2 + 2.95**2 + 5**2) / 3, rel=1e-6)
+    assert loss.item() == pytest.approx((8**2 + 3.475**2 + 5**2) / 3, rel=1e-6)
+
+
+def drifted(script, **flags):
+    """An agent whose targets are no longer copies."""
+    one, other = agent(script, **flags), agent(script, **flags)
+    one.target_actor, one.target_qf = other.target_actor, other.target_qf
+    return one
+
+
+def all_weights(agent) -> list[torch.Tensor]:
+    return [weights(network) for network in (agent.actor, agent.qf, agent.target_actor, agent.target_qf)]
 
 
 def test_critic_loss_gives_the_targets_no_gradient(script):
-    _, qf = networks(script)
-    target_actor, target_qf = networks(script)
-    loss, _ = script.critic_loss(qf, target_actor, target_qf, random_batch(script), 0.99)
-    loss.backward()
-    assert all(p.grad is None for network in (target_actor, target_qf) for p in network.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in qf.parameters())
+    learner = drifted(script)
+    targets = [*learner.target_actor.parameters(), *learner.target_qf.parameters()]
+    for parameter in targets:
+        parameter.requires_grad_(True)
+    learner.critic_loss(random_batch(script))[0].backward()
+    assert all(p.grad is None for p in targets)
+    assert all(p.grad.abs().sum() > 0 for p in learner.qf.parameters())
 
 
 def test_actor_loss_by_hand(script):
-    loss = script.actor_loss(
-        actor=lambda obs: 2 * obs,
-        qf=lambda obs, action: (obs + 10 * action).squeeze(1),
-        obs=torch.tensor([[1.0], [3.0]]),
-    )
-    assert loss.item() == -(21 + 63) / 2
-
-
-def agent(script, **options):
-    """Both networks, their targets (which have already drifted off), and their optimisers."""
-    actor, qf = networks(script, **options)
-    target_actor, target_qf = networks(script, **options)
-    optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
-    return [actor, qf, target_actor, target_qf, *optimizers]
+    simple = agent(script)
+    del simple.actor, simple.qf
+    simple.actor, simple.qf = lambda obs: 2 * obs, lambda obs, action: (obs + 10 * action).squeeze(1)
+    assert simple.actor_loss(torch.tensor([[1.0], [3.0]])).item() == -(21 + 63) / 2
 
 
 def test_the_actors_update_leaves_the_critic_untouched(script):
-    """The critic moves and has gradients exactly as when the actor is not updated."""
-    with_actor, batch = agent(script), random_batch(script)
-    without_actor = copy.deepcopy(with_actor)
-    script.update(*with_actor, batch, 0.99, 0.01, True)
-    script.update(*without_actor, batch, 0.99, 0.01, False)
-    for one, other in zip(with_actor[1].parameters(), without_actor[1].parameters(), strict=True):
-        assert torch.equal(one, other) and torch.equal(one.grad, other.grad)
-    assert not torch.equal(weights(with_actor[0]), weights(without_actor[0]))
+    """The critic moves, and its optimiser, exactly as when the actor is not updated."""
+    with_actor, batch = drifted(script), random_batch(script)
+    without_actor, before = copy.deepcopy(with_actor), weights(with_actor.actor)
+    with_actor.update(batch, True)
+    without_actor.update(batch, False)
+    assert torch.equal(weights(with_actor.qf), weights(without_actor.qf))
+    for one, other in zip(with_actor.qf_optimizer.means, without_actor.qf_optimizer.means, strict=True):
+        assert torch.equal(one, other)
+    assert not [parameter for parameter in with_actor.qf.parameters() if parameter.grad is not None]
+    assert torch.equal(weights(without_actor.actor), before) and not torch.equal(weights(with_actor.actor), before)
 
 
 def test_update_moves_the_targets_by_tau_and_only_with_the_actor(script):
-    networks_and_optimizers = agent(script)
-    before = [weights(network) for network in networks_and_optimizers[:4]]
-    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, False)
-    after = [weights(network) for network in networks_and_optimizers[:4]]
+    learner = drifted(script, tau=0.25)
+    before = all_weights(learner)
+    losses = learner.update(random_batch(script), False)
+    after = all_weights(learner)
     assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
-    assert set(losses) == {"losses/qf1_loss", "losses/qf1_values"}
+    assert set(losses) == {"losses/qf1_loss", "losses/qf1_values", "losses/qf1_grad_norm"}
 
-    losses = script.update(*networks_and_optimizers, random_batch(script), 0.99, 0.25, True)
-    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    losses = learner.update(random_batch(script))
+    actor, qf, target_actor, target_qf = all_weights(learner)
     torch.testing.assert_close(target_actor, 0.75 * before[2] + 0.25 * actor)  # the already updated actor
     torch.testing.assert_close(target_qf, 0.75 * before[3] + 0.25 * qf)
-    assert set(losses) == {"losses/qf1_loss", "losses/qf1_values", "losses/actor_loss"}
+    assert set(losses) == {f"losses/{name}_{what}" for name in ("qf1", "actor") for what in ("loss", "grad_norm")} | {
+        "losses/qf1_values"
+    }
 
 
 def test_tau_1_makes_the_targets_copies(script):
-    networks_and_optimizers = agent(script)
-    script.update(*networks_and_optimizers, random_batch(script), 0.99, 1.0)
-    actor, qf, target_actor, target_qf = (weights(network) for network in networks_and_optimizers[:4])
+    learner = drifted(script, tau=1.0)
+    learner.update(random_batch(script))
+    actor, qf, target_actor, target_qf = all_weights(learner)
     assert torch.equal(actor, target_actor) and torch.equal(qf, target_qf)
+
+
+def test_the_logged_gradient_norms(script):
+    """Of the losses just before each of the two steps."""
+    learner, batch = drifted(script), random_batch(script)
+    gradients = torch.autograd.grad(learner.critic_loss(batch)[0], [*learner.qf.parameters()])
+    losses = learner.update(batch)
+    norm = sum(gradient.double().square().sum() for gradient in gradients) ** 0.5
+    assert losses["losses/qf1_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    alone = drifted(script, **{"learning_rate" if script is tuned else "critic_lr": 1e-12})
+    gradients = torch.autograd.grad(alone.actor_loss(batch.obs), [*alone.actor.parameters()])
+    norm = sum(gradient.double().square().sum() for gradient in gradients) ** 0.5
+    assert alone.update(batch)["losses/actor_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+# Adam
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adam_equals_torchs_to_the_byte(script, weight_decay):
+    """Over 20 updates of a critic, across a checkpoint; L2 is on matrices alone."""
+    qf = agent(script).qf
+    theirs = copy.deepcopy(qf)
+    matrices, vectors = ([p for p in theirs.parameters() if (p.ndim == 2) == which] for which in (True, False))
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors)]
+    adam, torchs = script.Adam(qf.parameters(), 1e-2, weight_decay), torch.optim.Adam(groups, 1e-2, fused=True)
+    for step in range(20):
+        batch = random_batch(script)
+        losses = [(network(batch.obs, batch.action) - batch.reward).square().mean() for network in (qf, theirs)]
+        norm = adam.descend(losses[0])
+        torchs.zero_grad()
+        losses[1].backward()
+        assert norm == torch.nn.utils.get_total_norm([parameter.grad for parameter in theirs.parameters()])
+        torchs.step()
+        for one, other in zip(qf.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other), step
+        if step == 10:
+            state = copy.deepcopy(script.state_of(adam))
+            adam = script.restored(script.Adam(qf.parameters(), 1e-2, weight_decay), state)
+
+
+def test_adam_by_the_textbook(script):
+    """Algorithm 1 of Kingma & Ba in float64, on (w x - 3)^2 for a matrix w, with L2."""
+    w = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+    adam, x = script.Adam([w], lr=0.1, weight_decay=0.5), np.array([[1.0, 2.0]])
+    by_hand, m, v = np.array([[1.0, -2.0]]), 0.0, 0.0
+    for t in range(1, 21):
+        adam.descend((w @ torch.tensor(x.T, dtype=torch.float32) - 3).square().sum())
+        gradient = 2 * (by_hand @ x.T - 3) @ x + 0.5 * by_hand
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        by_hand = by_hand - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        np.testing.assert_allclose(numpy(w), by_hand, rtol=1e-5, atol=1e-6)
+
+
+# Its state
+
+STATES = {
+    "tuned": (tuned, {}),
+    "tuned, OU noise": (tuned, dict(noise="ou", noise_anneal_steps=100, target_noise=0.2)),
+    "tuned, parameter noise": (tuned, dict(noise="parameter", layer_norm="both")),
+    "paper": (paper, dict(batch_norm="both")),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_an_agent_goes_on_from_its_saved_state(case):
+    """Acting and learning, from the middle of an episode, to the byte; another agent's own state leaves no trace."""
+    script, flags = STATES[case]
+
+    def go_on(learner, episode=False):
+        if episode:
+            learner.noise.reset()
+        actions = []
+        for step in range(1, 6):
+            if flags.get("noise_anneal_steps"):
+                learner.anneal_noise(step if episode else 10 + step)
+            if flags.get("noise") == "parameter":
+                learner.noise.adapt(torch.randn(8, 3))
+            actions += learner.act(np.float32([step, 0, 1])).tolist()
+            learner.update(random_batch(script))
+        return actions, *map(torch.Tensor.tolist, all_weights(learner))
+
+    learner, file = agent(script, **flags), io.BytesIO()
+    go_on(learner, episode=True)
+    torch.save(learner.state_dict(), file)
+    file.seek(0)
+    other = agent(script, **flags)
+    go_on(other, episode=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    outcomes = []
+    for each in learner, other:
+        torch.manual_seed(7)
+        outcomes.append(go_on(each))
+    assert outcomes[0] == outcomes[1]
+
+
+# Action units
+
+
+@pytest.mark.parametrize("low, high", [((-1e4,), (1e4,)), ((-1e-3,), (1e-3,)), ((-3.0,), (1.0,))])
+def test_the_units_of_actions_change_nothing(script, low, high):
+    """The critic sees actions in [-1, 1]: whatever the bounds, the same values, gradients and updates."""
+    torch.manual_seed(1)
+    plain = agent(script)
+    torch.manual_seed(1)
+    other = agent(script, low=low, high=high)
+    half_range, middle = (high[0] - low[0]) / 2, (high[0] + low[0]) / 2
+    for _ in range(5):
+        batch = random_batch(script)
+        converted = batch._replace(action=batch.action * half_range + middle)
+        torch.testing.assert_close(other.qf(batch.obs, converted.action), plain.qf(batch.obs, batch.action))
+        gradients = [torch.autograd.grad(each.actor_loss(batch.obs), [*each.actor.parameters()])
+                     for each in (plain, other)]  # fmt: skip
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+        plain.update(batch), other.update(converted)
+    for one, another in zip(all_weights(plain), all_weights(other), strict=True):
+        torch.testing.assert_close(one, another, rtol=0, atol=1e-5)
 
 
 # One whole update against stable-baselines3
@@ -288,50 +452,65 @@ class Critic(nn.Module):
         return self(obs, action)[0]
 
 
-@pytest.mark.parametrize("case", ["tuned", "paper", "paper with batch normalisation"])
-def test_ten_updates_equal_stable_baselines3(case, monkeypatch):
-    script, batch_norm = tuned if case == "tuned" else paper, "batch norm" in case
-    options = {} if script is tuned else {"batch_norm": batch_norm}
-    shapes = dict(obs_dim=OBS_DIM, low=(-1.0,) * ACTION_DIM, high=(1.0,) * ACTION_DIM)
-    ours = [*networks(script, **shapes, **options), *networks(script, **shapes, **options)]
-    for network in ours[2:]:
-        network.requires_grad_(False)
-    optimizers = [
-        torch.optim.Adam(ours[0].parameters(), LR[0], fused=True),
-        torch.optim.Adam(ours[1].parameters(), LR[1], fused=True, weight_decay=L2),
-    ]
+SB3_CASES = {
+    "tuned": (tuned, dict(learning_rate=LR[0])),
+    "tuned, target noise": (tuned, dict(learning_rate=LR[0], target_noise=0.3, target_noise_clip=0.4)),
+    **{
+        f"paper, batch norm {which}": (
+            paper,
+            dict(batch_norm=which, actor_lr=LR[0], critic_lr=LR[1], critic_weight_decay=L2),
+        )
+        for which in ("none", "actor", "both")
+    },
+}
+
+
+@pytest.mark.parametrize("bounds", [((-1.0, -1.0), (1.0, 1.0)), ((-0.4, -3.0), (0.4, 1.0))], ids=["one", "unequal"])
+@pytest.mark.parametrize("case", SB3_CASES)
+def test_ten_updates_equal_stable_baselines3(case, bounds, monkeypatch):
+    """It knows actions in [-1, 1] only, and so do its networks; ours know the environment's own."""
+    script, flags = SB3_CASES[case]
+    ours = agent(script, OBS_DIM, *bounds, tau=TAU, **flags)
+    middle, half_range = torch.tensor(bounds).mean(0), (torch.tensor(bounds[1]) - torch.tensor(bounds[0])) / 2
+    networks = [ours.actor, ours.qf, ours.target_actor, ours.target_qf]
+    for network in networks[2:]:  # drifted
+        for parameter in network.parameters():
+            parameter.mul_(0.9)
 
     peer = DDPG("MlpPolicy", Space(), gamma=GAMMA, tau=TAU, buffer_size=1, policy_kwargs=dict(net_arch=[256, 256]))
-    if script is tuned:
-        theirs = [peer.actor, peer.critic, peer.actor_target, peer.critic_target]
-        for network, source in zip(theirs, ours, strict=True):
-            for parameter, value in zip(network.parameters(), source.parameters(), strict=True):
-                parameter.data.copy_(value)
-    else:
-        actor, qf, target_actor, target_qf = copy.deepcopy(ours)
-        theirs = [actor, Critic(qf), target_actor, Critic(target_qf)]
-        peer.actor, peer.critic, peer.actor_target, peer.critic_target = theirs
+    theirs = [peer.actor, peer.critic, peer.actor_target, peer.critic_target]
+    if script is paper:
+        unscaled = [agent(script, OBS_DIM, (-1.0, -1.0), (1.0, 1.0), **flags) for _ in range(2)]
+        theirs = [network for each in unscaled for network in (each.actor, each.qf)]
+        peer.actor, peer.actor_target, peer.critic, peer.critic_target = *theirs[::2], *map(Critic, theirs[1::2])
         # stable-baselines3 has its targets normalise by running averages; the paper script by the batch
         monkeypatch.setattr(TD3Policy, "set_training_mode", lambda policy, mode: [n.train(mode) for n in theirs])
-    peer.actor.optimizer = torch.optim.Adam(peer.actor.parameters(), LR[0])
-    peer.critic.optimizer = torch.optim.Adam(peer.critic.parameters(), LR[1], weight_decay=L2)
+    for network, source in zip(theirs, networks, strict=True):
+        for parameter, value in zip(network.parameters(), source.parameters(), strict=True):
+            parameter.data.copy_(value)
+    lr, l2 = ((LR[0], LR[0]), 0) if script is tuned else (LR, L2)
+    peer.actor.optimizer = torch.optim.Adam(peer.actor.parameters(), lr[0])
+    matrices, vectors = ([p for p in peer.critic.parameters() if (p.ndim == 2) == which] for which in (True, False))
+    peer.critic.optimizer = torch.optim.Adam([dict(params=matrices, weight_decay=l2), dict(params=vectors)], lr[1])
     peer._update_learning_rate = lambda optimizers: None  # it knows only one for both
+    peer.target_policy_noise, peer.target_noise_clip = flags.get("target_noise", 0), flags.get("target_noise_clip", 0)
     peer.set_logger(Logger(folder=None, output_formats=[]))
 
-    for _ in range(10):
-        batch = random_batch(script, OBS_DIM, ACTION_DIM, 64)
-        samples = ReplayBufferSamples(
-            batch.obs, batch.action, batch.next_obs, batch.terminated[:, None], batch.reward[:, None]
-        )
+    for step in range(10):
+        batch = random_batch(script, OBS_DIM, ACTION_DIM, 64, GAMMA)
+        ends, rewards = (batch.discount == 0).float()[:, None], batch.reward[:, None]
+        samples = ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, ends, rewards)
         monkeypatch.setattr(peer.replay_buffer, "sample", lambda *args, samples=samples, **kwargs: samples)
+        torch.manual_seed(step)
         peer.train(gradient_steps=1, batch_size=64)
-        losses = script.update(*ours, *optimizers, batch, GAMMA, TAU)
+        torch.manual_seed(step)
+        losses = ours.update(batch._replace(action=batch.action * half_range + middle))
 
         logged = peer.logger.name_to_value
         assert losses["losses/qf1_loss"].item() == pytest.approx(logged["train/critic_loss"], abs=1e-6)
         assert losses["losses/actor_loss"].item() == pytest.approx(logged["train/actor_loss"], abs=1e-6)
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(weights(mine), weights(other), atol=1e-6, rtol=0)
+        for mine, other in zip(networks, theirs, strict=True):
+            torch.testing.assert_close(felt_weights(mine), felt_weights(other), atol=1e-6, rtol=0)
 
 
 # Evaluation
@@ -369,16 +548,33 @@ class Follow(nn.Module):
 
 def test_evaluate_by_hand(script):
     envs = [Countdown(2), Countdown(4), Countdown(1)]
-    returns, discounted, q_estimates = script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
+    follower = SimpleNamespace(actor=Follow(), qf=Follow(), device=CPU, args=SimpleNamespace(gamma=0.5))
+    returns, discounted, q_estimates = script.evaluate(follower, envs, first_seed=30, max_steps=4)
     assert returns.tolist() == [3, 10, 1]
     assert discounted.tolist() == [1 + 1, 1 + 1 + 0.75 + 0.5, 1]
     assert q_estimates.tolist() == [2, 4, 1]
     assert [env.actions for env in envs] == [[[0], [1]], [[0], [1], [2], [2.5]], [[0]]]
-    script.evaluate(Follow(), Follow(), envs, seed=3, gamma=0.5)
-    script.evaluate(Follow(), Follow(), envs, seed=4, gamma=0.5)
-    starts = [tuple(env.seeds) for env in envs]
-    assert all(first == second != third for first, second, third in starts)  # a run's are the same; another's not
-    assert len(set(sum(starts, ()))) == 6
+    assert [env.seeds for env in envs] == [[30], [31], [32]]
+
+
+def test_an_episode_that_does_not_end_is_cut_with_a_word(script, capfd):
+    follower = SimpleNamespace(actor=Follow(), qf=Follow(), device=CPU, args=SimpleNamespace(gamma=0.5))
+    returns, *_ = script.evaluate(follower, [Countdown(2), Countdown(10**9)], first_seed=0, max_steps=5)
+    assert returns.tolist() == [3, 1 + 2 + 3 + 4 + 5]
+    assert capfd.readouterr().err == (
+        "warning: 1 evaluation episodes did not end within --max-eval-steps 5: cut there\n"
+    )
+
+
+def test_every_evaluation_meets_the_same_starts_and_the_final_one_and_other_seeds_none_of_them(script, run):
+    """Two evaluations of two episodes, then three fresh ones at the end."""
+    starts = []
+    for seed in 1, 2:
+        stubs.Scripted.made.clear()
+        run(script, env_id="stubs:Scripted-v0", seed=seed, run_name=f"seed{seed}", final_eval_episodes=3)
+        starts.append([env.seeds for env in stubs.Scripted.made[1:]])
+    assert starts[0] == [[20_000, 20_000, 20_002, 20_004], [20_001, 20_001, 20_003]]
+    assert starts[1] == [[seed + 10_000 for seed in seeds] for seeds in starts[0]]
 
 
 def test_evaluation_leaves_training_alone(script, run):
@@ -386,3 +582,105 @@ def test_evaluation_leaves_training_alone(script, run):
     with_evaluations = model(run(script, run_name="a"))
     without = model(run(script, run_name="b", eval_interval=0))
     assert all(torch.equal(with_evaluations["actor"][k], without["actor"][k]) for k in without["actor"])
+
+
+# Products by oneDNN
+
+LAYERS = {  # of HalfCheetah, 17 observations and 6 actions
+    tuned: [(17, 256), (23, 256), (256, 256), (256, 6), (256, 1)],
+    paper: [(17, 400), (400, 300), (406, 300), (300, 6), (300, 1)],
+}
+PRODUCTS = """
+import torch
+import {script} as script
+
+def errors(n, inputs, outputs):
+    "Of a layer's output and both gradients, against float64, relative to the largest number of each."
+    x, w, b, g = (torch.randn(*shape) for shape in ((n, inputs), (outputs, inputs), (outputs,), (n, outputs)))
+    y = torch.nn.functional.linear(x.requires_grad_(), w.requires_grad_(), b)
+    found = y, *torch.autograd.grad(y, (x, w), g)
+    x, w, b, g = (each.detach().double() for each in (x, w, b, g))
+    for one, exact in zip(found, (x @ w.T + b, g @ w, g.T @ x), strict=True):
+        yield ((one - exact).abs().max() / exact.abs().max()).item()
+
+def largest_error():
+    return max(error for n in (1, 10, 64, 256) for layer in {layers} for error in errors(n, *layer))
+
+for matmul in "mkl", "onednn":
+    _, learn = script.accelerated(None, largest_error, script.Args(matmul=matmul), torch.device("cpu"))
+    print("error", learn(), flush=True)
+"""
+
+
+def test_products_have_fp32s_accuracy(script, tmp_path):
+    """Every shape of a batch of 1, 10, 64 and 256, by whom it was asked for; bf16's error would be 1e-2."""
+    code = PRODUCTS.format(script=script.SCRIPT, layers=LAYERS[script])
+    done = process([sys.executable, "-c", code], tmp_path, ONEDNN_VERBOSE="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    mkl, mkl_error, onednn, onednn_error = re.split(r"error (.*)", done.stdout)[:4]
+    assert 0 < float(mkl_error) < 5e-6 and 0 < float(onednn_error) < 5e-6
+    kernels = [re.findall(",exec,cpu,matmul,([^,]+)", each) for each in (mkl, onednn)]
+    assert not kernels[0] and not re.search("bf16|amx", " ".join(kernels[1]))
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert len(kernels[1]) > 40
+
+
+CPUS = {  # torch's name of the instruction set, /proc/cpuinfo, and whether oneDNN is faster there
+    "Zen 5": ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
+    "Zen 5 without AVX-512": ("AVX2", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", False),
+    "Zen 4": ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", False),
+    "Intel": ("AVX512", "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n", False),
+    "ARM": ("DEFAULT", "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", False),
+    "no /proc/cpuinfo": ("AVX512", None, False),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_onednn_multiplies_only_where_mkl_holds_back(script, cpu, tmp_path, monkeypatch):
+    capability, cpuinfo, faster = CPUS[cpu]
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(script, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+    assert script.mkl_holds_back() == faster
+
+
+def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(script, run, monkeypatch, capfd):
+    """Also where the resumed run's own machine would have MKL multiply."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # which a run sets, for good
+    allowed = {}
+    for owner, name in (script.DDPG, "explore"), (script.DDPG, "critic_loss"), (script, "evaluate"):
+        function = getattr(owner, name)
+
+        def spy(*args, name=name, function=function):
+            allowed.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, spy)
+    here = {"explore": {"highest"}, "critic_loss": {"medium"}, "evaluate": {"highest"}}
+    monkeypatch.setattr(script, "mkl_holds_back", lambda: True)
+    run_dir = run(script, matmul="auto", keep_checkpoint=True, checkpoint_interval=50)
+    assert allowed == here and "products by onednn" in capfd.readouterr().out
+    assert json.loads((run_dir / "args.json").read_text())["args"]["matmul"] == "onednn"
+    allowed.clear()
+    monkeypatch.setattr(script, "mkl_holds_back", lambda: False)
+    script.main(script.Args(resume=str(run_dir), total_timesteps=200))
+    assert allowed == here and "products by onednn" in capfd.readouterr().out
+    allowed.clear()
+    run(script, matmul="auto", run_name="other")
+    assert set().union(*allowed.values()) == {"highest"} and "products by mkl" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_bytes_by_onednn_too(script, threads, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # which this sets, for good
+    torch.set_num_threads(threads)
+    outcomes = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        learner = agent(script)
+        _, learn = script.accelerated(None, learner.update, script.Args(matmul="onednn"), CPU)
+        for _ in range(3):
+            learn(random_batch(script, n=64))
+        outcomes.append(torch.cat(all_weights(learner)))
+    assert torch.equal(*outcomes)

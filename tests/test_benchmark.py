@@ -1,6 +1,7 @@
 """Sweeps with the real scripts, killed and started again; the report against numbers computed here by hand."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -12,21 +13,27 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import scalars
 from matplotlib.testing.compare import compare_images
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 import baselines
+import paper_batch_norm
+import plot_noise
 import report
 import sb3_ddpg
 import throughput
 
 import ddpg_continuous_action as script
+import ddpg_paper_faithful as paper
 
 ROOT = Path(__file__).resolve().parents[1]
+HELD = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # for waiting:Waiting-v0
 FLAGS = "--learning-starts 100 --batch-size 16 --eval-interval 500 --eval-episodes 2 --checkpoint-interval 500".split()
 
 
@@ -35,15 +42,22 @@ def sweep_command(*settings, flags=FLAGS):
 
 
 def sweep(folder, *settings, flags=FLAGS, **options):
-    options = dict(cwd=folder, capture_output=True, text=True, timeout=120) | options
+    options = dict(cwd=folder, capture_output=True, text=True, timeout=600) | options
     return subprocess.run(sweep_command(*settings, flags=flags), **options)
 
 
-def wait_until(condition, seconds=90):
+def wait_until(condition, seconds=600):  # only so that a failure ends some day: busy machines are slow
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline, "timed out"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """The file that makes runs wait; without it, those that a failed test leaves behind come to their end."""
+    yield tmp_path / "hold"
+    (tmp_path / "hold").unlink(missing_ok=True)
 
 
 def read_csv(path):
@@ -55,47 +69,52 @@ def evaluations(run_dir):
     return [(int(row["global_step"]), float(row["mean"])) for row in read_csv(run_dir / "eval.csv")]
 
 
-def early(checkpoint):
-    steps = [step for step, _ in evaluations(checkpoint.parent)]
-    return bool(steps) and steps[-1] <= 1000
-
-
-def test_sweep_killed_and_started_again(tmp_path):
+def test_sweep_killed_and_started_again(tmp_path, hold):
     variant = "--tau 0.01 --gamma 0.98"  # its tau wins over the one that all runs share
-    settings = ["ENVS=Pendulum-v1", "SEEDS=1 2", "VARIANT=default", f"VARIANT={variant}", "STEPS=2.2e3", "JOBS=2"]
+    settings = [
+        "ENVS=waiting:Waiting-v0",
+        "SEEDS=1 2",
+        "VARIANT=default",
+        f"VARIANT={variant}",
+        "STEPS=2.2e3",
+        "JOBS=2",
+    ]
     out, steps = tmp_path / "runs/ddpg_continuous_action", list(range(200, 2201, 200))
     flags = " ".join([*FLAGS, "--tau 0.02"]).replace("--eval-interval 500", "--eval-interval 200").split()
     command = sweep_command(*settings, flags=flags)
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    # Interrupted when a run is finished, and another one has a checkpoint behind it and most steps before it
-    wait_until(lambda: any(out.glob("*/result.json")) and any(map(early, out.glob("*/checkpoint.pt"))))
+    names = {  # by their labels in the report; 0.02 is not the script's default
+        "--tau 0.02": [f"waiting-Waiting-v0__ddpg_continuous_action__{seed}" for seed in (1, 2)],
+        "--gamma 0.98 --tau 0.01": [
+            f"waiting-Waiting-v0__ddpg_continuous_action__gamma-0.98_tau-0.01__{seed}" for seed in (1, 2)
+        ],
+    }
+    seed_1, seed_2 = (set(pair) for pair in zip(*names.values(), strict=True))
+    hold.write_text("700")  # where the runs of seed 2 wait, with a checkpoint behind them
+    process = subprocess.Popen(command, cwd=tmp_path, env=HELD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until(lambda: all((out / name / "result.json").exists() for name in seed_1))
+    wait_until(lambda: all((out / name / "checkpoint.pt").exists() for name in seed_2))
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=30)[0].decode()
+    output = process.communicate(timeout=600)[0].decode()
     assert process.returncode == 130, output
     assert "run the same command again to resume" in output
-    started = {path.parent.name for path in out.glob("*/args.json")}
-    finished = {path.parent.name for path in out.glob("*/result.json")}
-    assert started > finished
-    for name in started - finished:
+    assert {path.parent.name for path in out.glob("*/result.json")} == seed_1
+    for name in seed_2:
         assert "stopped by SIG" in (out / f"{name}.log").read_text()
-    kept = {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
+    kept = {name: (out / name / "result.json").stat().st_mtime_ns for name in seed_1}
 
-    again = sweep(tmp_path, *settings, flags=flags)
+    hold.unlink()
+    again = sweep(tmp_path, *settings, flags=flags, env=HELD)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "4 done, 0 running, 0 waiting, 0 failed" in again.stdout
-    names = {  # by their labels in the report; 0.02 is not the script's default
-        "--tau 0.02": [f"Pendulum-v1__ddpg_continuous_action__{seed}" for seed in (1, 2)],
-        "--gamma 0.98 --tau 0.01": [f"Pendulum-v1__ddpg_continuous_action__gamma-0.98_tau-0.01__{i}" for i in (1, 2)],
-    }
     for label, pair in names.items():
         for name in pair:
             commands = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("$ ")]
-            assert len(commands) == 1 + (name in started - finished)  # nothing is run twice
-            assert ("--resume" in commands[-1]) == (name in started - finished)
+            assert len(commands) == 1 + (name in seed_2)  # nothing is run twice
+            assert ("--resume" in commands[-1]) == (name in seed_2)
             assert [step for step, _ in evaluations(out / name)] == steps
             args = json.loads((out / name / "args.json").read_text())["args"]
             assert (args["gamma"], args["tau"]) == ((0.99, 0.02) if label == "--tau 0.02" else (0.98, 0.01))
-    assert kept == {name: (out / name / "result.json").stat().st_mtime_ns for name in finished}
+    assert kept == {name: (out / name / "result.json").stat().st_mtime_ns for name in seed_1}
 
     # Other settings in the same folder would mix two experiments in one table; more runs of the same are welcome
     other = sweep(tmp_path, *settings, flags=[*flags, "--gamma", "0.9"])
@@ -117,16 +136,21 @@ def test_sweep_killed_and_started_again(tmp_path):
         assert (out / "report" / name).stat().st_size > 1000
 
 
-def test_sweep_killed_outright_finds_its_run_still_going(tmp_path):
-    settings = ["ENVS=Pendulum-v1", "SEEDS=1", "STEPS=2e3", "OUT=runs/sweep"]
-    process = subprocess.Popen(sweep_command(*settings), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    run_dir = tmp_path / "runs/sweep/Pendulum-v1__ddpg_continuous_action__1"
+def test_sweep_killed_outright_finds_its_run_still_going(tmp_path, hold):
+    settings = ["ENVS=waiting:Waiting-v0", "SEEDS=2", "STEPS=2e3", "OUT=runs/sweep"]
+    hold.write_text("700")
+    quiet = dict(cwd=tmp_path, env=HELD, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(sweep_command(*settings), **quiet)
+    run_dir = tmp_path / "runs/sweep/waiting-Waiting-v0__ddpg_continuous_action__2"
+    log = run_dir.with_name(f"{run_dir.name}.log")
     wait_until((run_dir / "eval.csv").exists)
     process.kill()
-    again = sweep(tmp_path, *settings)
-    assert again.returncode == 0 and "1 done, 0 running, 0 waiting, 0 failed" in again.stdout
-    log = run_dir.with_name(f"{run_dir.name}.log").read_text()
-    assert "waiting for another process" in log and log.count("$ ") == 1
+    again = subprocess.Popen(sweep_command(*settings), **quiet | dict(stdout=subprocess.PIPE), text=True)
+    wait_until(lambda: "waiting for another process" in log.read_text())
+    hold.unlink()
+    output = again.communicate(timeout=600)[0]
+    assert again.returncode == 0 and "1 done, 0 running, 0 waiting, 0 failed" in output
+    assert log.read_text().count("$ ") == 1
     assert [step for step, _ in evaluations(run_dir)] == [500, 1000, 1500, 2000]
 
 
@@ -200,7 +224,7 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     wait_until(lambda: "--resume" in log.read_text().splitlines()[-1])
-    wait_until(lambda: log.read_text().count("replay buffer") == 2)
+    wait_until(lambda: log.read_text().count("results in") == 2)
     second.send_signal(signal.SIGTERM)
     assert second.wait(timeout=30) in (143, -signal.SIGTERM)
     assert log.read_text().count("$ ") == 2
@@ -491,48 +515,263 @@ def test_committed_baselines_are_what_the_command_measures(tmp_path):
     assert read_csv(args.out) == [row for row in committed if row["env_id"] in args.env_ids]
 
 
-def test_peer_leaves_the_same_files_and_is_evaluated_alike(tmp_path, monkeypatch, capsys):
-    env = os.environ | {"SCRIPT": "benchmark/sb3_ddpg.py", "ENVS": "Pendulum-v1", "SEEDS": "1", "STEPS": "1100"}
-    command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *FLAGS]
-    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=120)
+def test_noise_figure_is_the_committed_one(tmp_path):
+    plot_noise.main(plot_noise.Args(out=tmp_path / "noise.png"))
+    assert compare_images(str(ROOT / "benchmark/results/noise.png"), str(tmp_path / "noise.png"), tol=1) is None
+
+
+def run_peer(total_timesteps, **flags):
+    """A run of the peer in this process; its folder."""
+    flags = dict(env_id="stubs:Point-v0", run_name=f"peer-{total_timesteps}", num_threads=1) | flags
+    flags |= dict(learning_starts=20, batch_size=16, eval_interval=50, eval_episodes=2, final_eval_episodes=3)
+    sb3_ddpg.main(sb3_ddpg.Args(total_timesteps=total_timesteps, **flags))
+    return Path("runs", flags["run_name"])
+
+
+def test_peer_leaves_the_same_files_and_starts_over_when_interrupted(tmp_path):
+    env = os.environ | {"SCRIPT": "benchmark/sb3_ddpg.py", "ENVS": "Pendulum-v1", "SEEDS": "1", "STEPS": "600"}
+    flags = [*FLAGS, "--final-eval-episodes", "3"]
+    command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *flags]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=600)
     run_dir = tmp_path / "runs/sb3_ddpg/Pendulum-v1__sb3_ddpg__1"
-    assert [step for step, _ in evaluations(run_dir)] == [500, 1000, 1100]
-    assert json.loads((run_dir / "result.json").read_text())["evaluations"] == 3
+    assert [step for step, _ in evaluations(run_dir)] == [500, 600]
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["evaluations"] == 2 and result["final_eval"]["episodes"] == 3
+    assert json.loads((run_dir / "args.json").read_text())["args"]["matmul"] == "mkl"  # it has no say in that
     ((run,), _, _) = read_runs(run_dir)
-    assert len(run.q_estimates) == 3
+    assert len(run.q_estimates) == 2
+    assert [step for step, _ in scalars(run_dir)["charts/episodic_return"]] == [200, 400, 600]
 
-    # It has no checkpoints: --resume starts over, so it must not take a run of the script for its own
-    ours = write_run(tmp_path, "Pendulum-v1", 1, [1.0], complete=False)
-    monkeypatch.setattr(sys, "argv", ["sb3_ddpg.py", "--resume", str(ours)])
-    with pytest.raises(SystemExit):
+    finished = (run_dir / "eval.csv").read_bytes()
+    (run_dir / "result.json").unlink()
+    (run_dir / "eval.csv").write_text("global_step,mean,std,min,max,episodes\n500,1,1,1,1,2\n")  # as if killed there
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=600)
+    assert (run_dir / "eval.csv").read_bytes() == finished
+    ((run,), _, _) = read_runs(run_dir)
+    assert len(run.q_estimates) == 2  # nothing is in the log twice
+
+
+def test_peer_is_evaluated_after_each_update_as_ours_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluations(run_peer(100))[0] == evaluations(run_peer(50))[0]  # 50 steps, and 50 steps of 100
+
+
+def test_peer_resumes_only_its_own_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(env_id="stubs:Point-v0", total_timesteps=60, learning_starts=20, batch_size=16, eval_interval=0)
+    script.main(script.Args(**flags, run_name="ours", final_eval_episodes=0, num_threads=1))
+    ours = Path("runs/ours")
+    (ours / "result.json").unlink()  # as if interrupted, before its first checkpoint
+    before = {path: path.read_bytes() for path in ours.iterdir()}
+    with pytest.raises(SystemExit) as end:
         sb3_ddpg.main(script.Args(resume=str(ours)))
-    assert "is no run of sb3_ddpg.py" in capsys.readouterr().err and (ours / "eval.csv").exists()
+    assert end.value.code == 2 and "holds no run of sb3_ddpg.py" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in ours.iterdir()}
 
-    # Its policy as our evaluation sees it, against its own
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *(("noise", "ou"), ("noise_anneal_steps", 10), ("layer_norm", "critic"), ("n_step", 3), ("target_noise", 0.2)),
+        *(("policy_frequency", 2), ("matmul", "onednn"), ("evaluate", "runs/x")),
+        *(("track", True), ("cudagraphs", True), ("compile", True)),
+    ],
+)
+def test_peer_refuses_what_it_has_not_in_one_line(tmp_path, monkeypatch, capsys, flag, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        sb3_ddpg.main(sb3_ddpg.Args(**{flag: value}))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and f"--{flag.replace('_', '-')}" in error
+    assert "stable-baselines3" in error and not list(tmp_path.iterdir())
+
+
+def test_peer_acts_and_judges_in_our_evaluation_as_by_itself():
     env = script.make_env(script.Args(env_id="Pendulum-v1"))
     model = sb3_ddpg.DDPG("MlpPolicy", env, seed=1, buffer_size=10)
-    greedy, obs = sb3_ddpg.Greedy(model), np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    agent = sb3_ddpg.as_agent(model, script.Args())
+    obs = torch.randn(5, 3)
     with torch.no_grad():
-        action = greedy(torch.as_tensor(obs))
-        q = greedy.q(torch.as_tensor(obs), action)
-        their_q = model.critic(torch.as_tensor(obs), model.actor(torch.as_tensor(obs)))[0]
-    assert action.numpy() == pytest.approx(model.predict(obs, deterministic=True)[0], abs=1e-6)
+        action = agent.actor(obs)
+        q = agent.qf(obs, action)
+        their_q = model.critic(obs, model.actor(obs))[0]
+    assert action.numpy() == pytest.approx(model.predict(obs.numpy(), deterministic=True)[0], abs=1e-6)
+    assert action.abs().max() > 0.01  # within -2 and 2, where SB3's own network says half of that
     assert q.numpy() == pytest.approx(their_q.squeeze(1).numpy(), abs=1e-6)
 
 
+# The modes of batch normalisation in the paper's script
+
+
+@pytest.mark.parametrize("target, in_targets", [("batch", [-1, 1]), ("copied", [-1 / 3, 1]), ("slow", [-1 / 3, 1])])
+@pytest.mark.parametrize("loss, in_actor_loss", [("batch", [-1, 1]), ("running", [-1 / 3, 1])])
+def test_modes_of_batch_normalisation(target, in_targets, loss, in_actor_loss):
+    """Observations 0 and 4, by their own mean 2 and variance 4, or by running averages of 1 and 9 set here."""
+    flags = dict(target_statistics=target, actor_loss_statistics=loss, tau=0.25, batch_norm_momentum=0.0)
+    args = paper_batch_norm.Args(batch_size=2, **flags)
+    box = gym.spaces.Box(-1, 1, (1,), np.float32)
+    agent, normalised = paper_batch_norm.DDPG(args, box, box, torch.device("cpu")), {}
+    for name in "actor", "qf", "target_actor", "target_qf":
+        norm, seen = getattr(agent, name).input, normalised.setdefault(name, [])
+        norm.running_mean.fill_(1.0)
+        norm.running_var.fill_(9.0)
+        norm.register_forward_hook(lambda _, __, x, seen=seen: seen.append(x.detach().flatten().tolist()))
+    obs, zeros = torch.tensor([[0.0], [4.0]]), torch.zeros(2)
+    agent.update(paper.Batch(obs, torch.zeros(2, 1), zeros, obs, zeros))
+    about = dict(abs=0.01)  # the first step of Adam has changed the scale by 0.001
+    assert normalised["target_actor"] == [pytest.approx(in_targets, **about)]
+    assert normalised["target_qf"] == [pytest.approx(in_targets, **about)]
+    assert normalised["actor"] == [pytest.approx([-1, 1], **about)]
+    assert normalised["qf"] == [pytest.approx([-1, 1], **about), pytest.approx(in_actor_loss, **about)]
+    assert not (agent.actor.training or agent.qf.training)  # acting and evaluation are by running averages
+
+    for online, slow in (agent.actor, agent.target_actor), (agent.qf, agent.target_qf):
+        online.norm1.running_mean.fill_(5.0)
+        slow.norm1.running_mean.fill_(1.0)
+        online.norm1.running_var.fill_(9.0)
+        slow.norm1.running_var.fill_(1.0)
+    agent.update_targets()
+    for network in agent.target_actor, agent.target_qf:
+        mean, variance = {"batch": (1, 1), "copied": (5, 9), "slow": (2, 3)}[target]  # a quarter of the way
+        assert (network.norm1.running_mean == mean).all() and (network.norm1.running_var == variance).all()
+
+
+def test_mode_of_batch_normalisation_killed_and_resumed_gives_the_same_bytes(tmp_path, hold, capsys):
+    flags = "--env-id waiting:Waiting-v0 --seed 2 --num-threads 1 --total-timesteps 450 --learning-starts 50 "
+    flags += "--batch-size 8 --eval-interval 150 --eval-episodes 2 --final-eval-episodes 0 --checkpoint-interval 200 "
+    flags += "--target-statistics slow --actor-loss-statistics running --run-name run"
+    command = [sys.executable, ROOT / "benchmark/paper_batch_norm.py"]
+    (tmp_path / "whole").mkdir()
+    run_dir = tmp_path / "runs/run"
+    hold.write_text("250")
+    killed = subprocess.Popen([*command, *flags.split()], cwd=tmp_path, env=HELD, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, *flags.split()], cwd=tmp_path / "whole", env=HELD, check=True)
+    wait_until((run_dir / "checkpoint.pt").exists)
+    killed.send_signal(signal.SIGTERM)
+    assert killed.wait(timeout=600) == 143 and not (run_dir / "result.json").exists()
+    hold.unlink()
+    subprocess.run([*command, "--resume", "runs/run"], cwd=tmp_path, env=HELD, check=True)
+
+    whole = tmp_path / "whole/runs/run"
+    assert (run_dir / "eval.csv").read_bytes() == (whole / "eval.csv").read_bytes()
+    models = [torch.load(folder / "model.pt", weights_only=True) for folder in (run_dir, whole)]
+    assert models[0]["args"]["target_statistics"] == "slow" and models[0]["script"] == "paper_batch_norm"
+    for network in "actor", "qf":
+        for one, other in zip(*(model[network].values() for model in models), strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(SystemExit):
+        paper.main(paper.Args(evaluate=str(run_dir)))
+    assert "its script is paper_batch_norm, not ddpg_paper_faithful" in capsys.readouterr().err
+
+
+# Throughput
+
+
+def write_speed_log(folder, steps_per_second):
+    with script.Log(folder) as log:
+        for step in 1200, 1400, 2200:
+            log.add_scalar("charts/SPS", 0.0, step, walltime=step / steps_per_second)
+
+
 def test_throughput_reads_the_clock_of_the_log(tmp_path):
-    with script.Log(tmp_path) as log:
-        for step, seconds in (1200, 1000.0), (1400, 1002.0), (2200, 1010.0):
-            log.add_scalar("charts/SPS", 0.0, step, walltime=seconds)
-    assert throughput.logged_speed(str(tmp_path)) == 100.0
+    write_speed_log(tmp_path, 100)
+    assert throughput.logged_speed(tmp_path) == 100.0
 
 
-def test_throughput_measures_the_update():
-    updates, limits = throughput.time_update(rounds=1)
-    assert len(updates) == len(limits) == 1 and 0 < limits[0] < updates[0]
-    # Multiply-adds a row: five forward passes, four backward ones that reach an input, one more for the weights of each
-    actor, critic = 17 * 256 + 256 * 256 + 256 * 6, 23 * 256 + 256 * 256 + 256
-    assert 0.95 < throughput.UPDATE_FLOPS / (2 * 256 * 5 * (actor + critic)) < 1.05
+@pytest.mark.parametrize("module", [script, paper], ids=lambda module: module.SCRIPT)
+def test_throughput_compares_the_update_with_the_fastest_product(monkeypatch, module):
+    clock, products_by, updates_by, update = itertools.cycle([3.0, 1.0, 2.0, 50.0, 40.0]), [], [], module.DDPG.update
+
+    def timed(function, repeats):
+        products_by.append(torch.get_float32_matmul_precision())
+        function()
+        return next(clock)
+
+    def spied_update(*args):
+        updates_by.append(torch.get_float32_matmul_precision())
+        return update(*args)
+
+    monkeypatch.setattr(throughput, "seconds_each", timed)
+    monkeypatch.setattr(module.DDPG, "update", spied_update)
+    figures = throughput.time_update(module.SCRIPT, rounds=1)
+    assert figures["mkl"] == [50.0] and figures["onednn"] == [40.0]
+    assert products_by[:2] == ["highest", "medium"]  # "medium" hands products to oneDNN
+    assert updates_by == ["highest"] + ["highest", "medium"] * 2  # the first one counts the operations
+
+    # Multiply-adds of an update, a row: five forward passes; each gradient of weights; those of inputs that are needed
+    # for it, all columns of them
+    if module is script:
+        actor, critic = 17 * 256 + 256 * 256 + 256 * 6, 23 * 256 + 256 * 256 + 256
+        inputs = (critic - 23 * 256) + critic + (actor - 17 * 256)
+        batch_size, product = 256, 2 * 256 * 256 * 256
+    else:
+        actor, critic = 17 * 400 + 400 * 300 + 300 * 6, 17 * 400 + 406 * 300 + 300
+        inputs = critic + (critic - 17 * 400) + actor  # what is before the first layer learns too
+        batch_size, product = 64, 2 * 64 * 400 * 300
+    flops = 2 * batch_size * (2 * actor + 3 * critic + critic + actor + inputs)
+    assert figures["limit"] == pytest.approx([flops / product])  # at a second a product, the fastest of the three
+    assert figures["NumPy"] == pytest.approx([product / 2 / 1e9])
+
+
+TRAINER = """
+import argparse, pathlib, shutil
+class Args:
+    learning_starts: int = 0
+    eval_interval: int = 0
+    checkpoint_interval: int = 0
+    save_model: bool = True
+    {own_flag}: int = 0
+parser = argparse.ArgumentParser()
+for flag in "env-id seed run-name total-timesteps num-threads learning-starts eval-interval".split():
+    parser.add_argument(f"--{{flag}}", required=True)
+parser.add_argument("--checkpoint-interval", required=True)
+parser.add_argument("--no-save-model", action="store_true", required=True)
+parser.add_argument("--" + "{own_flag}".replace("_", "-"), required={required})
+run_dir = pathlib.Path("runs", parser.parse_args().run_name)
+shutil.copytree("{log}", run_dir)
+(run_dir / "args.json").touch()
+(run_dir / "result.json").touch()
+"""
+
+
+def test_throughput_of_today_and_of_an_older_commit(tmp_path, monkeypatch, capsys):
+    """Stand-ins for the scripts: the older one lacks a flag, and does half as many steps a second."""
+    root, name = tmp_path / "repository", "ddpg_continuous_action.py"
+    (root / "benchmark").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmark/sweep.sh", root / "benchmark")
+    (root / "benchmark/jax_ddpg.py").write_text("import no_such_library")
+    write_speed_log(tmp_path / "slow", 100)
+    write_speed_log(tmp_path / "fast", 200)
+    git = ["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+    (root / name).write_text(TRAINER.format(own_flag="unknown_today", required=False, log=tmp_path / "slow"))
+    for command in ["init", "-q"], ["add", "."], ["commit", "-qm", "older"]:
+        subprocess.run([*git, *command], check=True)
+    (root / name).write_text(TRAINER.format(own_flag="final_eval_episodes", required=True, log=tmp_path / "fast"))
+
+    monkeypatch.setattr(throughput, "ROOT", root)
+    monkeypatch.setattr(throughput, "update_tables", lambda args, scripts: [f"updates of {scripts}"])
+    scripts = name, "benchmark/jax_ddpg.py", "benchmark/missing.py"
+    out = tmp_path / "page.md"
+    args = throughput.Args(scripts=scripts, against="HEAD", steps=1000, rounds=1, threads=(1,), cores=2, out=out)
+    throughput.main(args)
+    page = capsys.readouterr().out
+    assert out.read_text() == page
+    assert f"\n| {name} | 200 (200 to 200) |\n" in page
+    assert f"\n| {name} at HEAD | 100 (100 to 100) |\n" in page
+    assert f"\n| {name} / {name} at HEAD | 2.00 (2.00 to 2.00) |\n" in page
+    assert "\n| 2 | 400 (400 to 400) | 2.00 (2.00 to 2.00) |\n" in page  # side by side
+    assert "Left out: benchmark/jax_ddpg.py: ModuleNotFoundError: No module named 'no_such_library'\n" in page
+    assert "Left out: benchmark/missing.py: no such file\n" in page
+
+    with pytest.raises(SystemExit) as end:
+        throughput.main(throughput.Args(scripts=scripts, against="no-such-commit"))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: --against no-such-commit: ")
+
+
+def test_threads_are_limited_for_every_library(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # put back at the end
+    assert throughput.in_own_process(2, os.getenv, "OMP_NUM_THREADS") == "2"
+    assert throughput.in_own_process(2, torch.get_num_threads) == 2
 
 
 @pytest.mark.parametrize(

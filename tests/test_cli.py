@@ -5,16 +5,21 @@ import contextlib
 import ctypes.util
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
+import threading
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
@@ -28,13 +33,13 @@ from conftest import ROOT, SCRIPTS, TESTS, TINY, command, environment, eval_rows
 @pytest.mark.parametrize("text, number", [("1e6", 10**6), ("25e3", 25_000), ("1_000_000", 10**6), ("7", 7), ("-2", -2)])
 def test_integers_as_people_type_them(script, text, number):
     assert script.parse_int(text) == number and isinstance(script.parse_int(text), int)
-    assert tyro.cli(script.Args, args=["--total-timesteps", text]).total_timesteps == number
+    assert tyro.cli(script.Args, args=["--total-timesteps", text], registry=script.registry).total_timesteps == number
 
 
 @pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "inf", "ten", ""])
 def test_what_is_no_integer_is_refused(script, text, capsys):
     with pytest.raises(SystemExit) as end:
-        tyro.cli(script.Args, args=["--batch-size", text])
+        tyro.cli(script.Args, args=["--batch-size", text], registry=script.registry)
     assert end.value.code == 2 and "--batch-size" in capsys.readouterr().err
 
 
@@ -92,7 +97,7 @@ def test_defaults():
     assert (args.actor_lr, args.critic_lr, args.critic_weight_decay) == (1e-4, 1e-3, 1e-2)
     assert (args.tau, args.gamma, args.buffer_size, args.batch_size) == (0.001, 0.99, 10**6, 64)
     assert (args.ou_theta, args.ou_sigma, args.policy_frequency) == (0.15, 0.2, 1)
-    assert (args.batch_norm, args.weights_init, args.pixels) == (True, "paper", False)
+    assert (args.batch_norm, args.weights_init, args.pixels) == ("both", "paper", False)
     assert paper.Args(pixels=True).batch_size == 16
 
 
@@ -121,7 +126,11 @@ def column(name):
     return lambda run_dir: [row[name] for row in eval_rows(run_dir)]
 
 
-# flag: another value than the tiny run's, and what the run then shows otherwise
+def final_episodes(run_dir):
+    return json.loads((run_dir / "result.json").read_text())["final_eval"]["episodes"]
+
+
+# flag: another value than the tiny run's, what the run then shows otherwise, and the flags that it needs for that
 EFFECTS = {
     "seed": (3, actor_weights),
     "torch_deterministic": (False, lambda run_dir: torch.backends.cudnn.deterministic),
@@ -130,6 +139,8 @@ EFFECTS = {
     "keep_checkpoint": (False, files("checkpoint.pt")),
     "eval_interval": (40, column("global_step")),
     "eval_episodes": (3, column("episodes")),
+    "final_eval_episodes": (3, final_episodes),
+    "max_eval_steps": (5, column("mean")),
     "capture_video": (True, files("videos/*.mp4")),
     "env_id": ("stubs:Scripted-v0", lambda run_dir: len(model(run_dir)["actor"]["action_low"])),
     "total_timesteps": (100, column("global_step")),
@@ -141,7 +152,20 @@ EFFECTS = {
     "policy_frequency": (2, actor_weights),
 }
 EFFECTS_OF = {
-    tuned: EFFECTS | {"learning_rate": (1e-2, actor_weights), "exploration_noise": (0.5, actor_weights)},
+    tuned: EFFECTS
+    | {
+        "learning_rate": (1e-2, actor_weights),
+        "exploration_noise": (0.5, actor_weights),
+        "noise": ("parameter", actor_weights),
+        "ou_theta": (0.9, actor_weights, dict(noise="ou")),
+        "ou_dt": (0.1, actor_weights, dict(noise="ou")),
+        "noise_anneal_steps": (60, actor_weights),
+        "exploration_noise_final": (0.5, actor_weights, dict(noise_anneal_steps=60)),
+        "layer_norm": ("actor", actor_weights),
+        "n_step": (3, actor_weights),
+        "target_noise": (0.2, actor_weights),
+        "target_noise_clip": (0.01, actor_weights, dict(target_noise=0.2)),
+    },
     paper: EFFECTS
     | {
         "actor_lr": (1e-2, actor_weights),
@@ -151,7 +175,8 @@ EFFECTS_OF = {
         "ou_sigma": (0.7, actor_weights),
         "ou_dt": (0.1, actor_weights),
         "weights_init": ("kaiming", actor_weights),
-        "batch_norm": (False, actor_weights),
+        "batch_norm": ("actor", actor_weights),
+        "batch_norm_momentum": (0.5, actor_weights),
         "pixels": (True, actor_weights),
     },
 }
@@ -159,6 +184,7 @@ TESTED_ELSEWHERE = {
     "exp_name": "test_the_name_of_a_run",
     "run_name": "test_the_name_of_a_run",
     "num_threads": "test_num_threads",
+    "matmul": "test_algorithm.py",
     "cuda": "test_no_cuda_stays_off_the_gpu",
     "cudagraphs": "test_gpu.py",
     "compile": "test_gpu.py",
@@ -180,17 +206,20 @@ def test_every_flag_has_a_test_of_its_effect(script):
 def shown_by_the_tiny_run(script, folder):
     with contextlib.chdir(folder):
         script.main(script.Args(**TINY | CHECKPOINTS))
-    return {name: observe(folder / "runs" / "tiny") for name, (_, observe) in EFFECTS_OF[script].items()}
+    return {name: observe(folder / "runs" / "tiny") for name, (_, observe, *_) in EFFECTS_OF[script].items()}
 
 
 @pytest.mark.parametrize("script, name", [(script, name) for script in SCRIPTS for name in EFFECTS_OF[script]])
 def test_flag_has_an_effect(script, name, run, tmp_path_factory):
-    value, observe = EFFECTS_OF[script][name]
-    folder = tmp_path_factory.getbasetemp() / script.SCRIPT
-    folder.mkdir(exist_ok=True)
-    usual = shown_by_the_tiny_run(script, folder)[name]
-    run_dir = run(script, **CHECKPOINTS | {name: value})
-    assert observe(run_dir) != usual
+    value, observe, *needed = EFFECTS_OF[script][name]
+    flags = CHECKPOINTS | (needed[0] if needed else {})
+    if needed:
+        usual = observe(run(script, **flags | dict(run_name="without")))
+    else:
+        folder = tmp_path_factory.getbasetemp() / script.SCRIPT
+        folder.mkdir(exist_ok=True)
+        usual = shown_by_the_tiny_run(script, folder)[name]
+    assert observe(run(script, **flags | {name: value})) != usual
 
 
 def test_the_name_of_a_run(script, run, tmp_path):
@@ -217,14 +246,34 @@ def test_no_cuda_stays_off_the_gpu(script, run, monkeypatch):
     assert (run(script, cuda=False) / "result.json").exists()
 
 
-def test_track(script, run, tmp_path, monkeypatch):
-    """A stand-in for the wandb package that notes how it was called."""
-    (tmp_path / "wandb.py").write_text("calls = []\ninit = lambda **options: calls.append(options)\n")
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """The calls of a stand-in for the wandb package."""
+    (tmp_path / "wandb.py").write_text(
+        "calls, finish = [], lambda: None\ninit = lambda **options: calls.append(options)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb").calls
+    del sys.modules["wandb"]
+
+
+def test_track(script, run, wandb):
     run(script, track=True, wandb_project_name="mine", wandb_entity="us")
-    (options,) = sys.modules.pop("wandb").calls
+    (options,) = wandb
     assert (options["project"], options["entity"], options["name"]) == ("mine", "us", "tiny")
     assert options["sync_tensorboard"] and options["config"]["batch_size"] == TINY["batch_size"]
+
+
+def test_wandb_tells_runs_of_one_name_apart_and_knows_a_resumed_one_again(script, run, wandb):
+    """Two sweeps, say: the second must not be written into the first."""
+    flags = dict(track=True, checkpoint_interval=50, keep_checkpoint=True)
+    one, other = (run(script, run_name=f"{sweep}/x", **flags) for sweep in "ab")
+    script.main(script.Args(resume=str(one), total_timesteps=150))
+    assert [options["name"] for options in wandb] == ["x", "x", "x"]
+    ids = [options["id"] for options in wandb]
+    assert ids[0] == ids[2] != ids[1] and wandb[2]["resume"] == "allow"
+    assert [json.loads((run_dir / "args.json").read_text())["wandb_id"] for run_dir in (one, other)] == ids[:2]
 
 
 # What a run leaves behind
@@ -236,7 +285,8 @@ def test_files_of_a_run(script, run):
     assert names == {"args.json", "eval.csv", "model.pt", "result.json", "events"}
 
     record = json.loads((run_dir / "args.json").read_text())
-    assert record["args"] == dataclasses.asdict(script.Args(**TINY))
+    matmul = "onednn" if script.mkl_holds_back() else "mkl"
+    assert record["args"] == dataclasses.asdict(script.Args(**TINY)) | {"matmul": matmul}
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
     assert (
         record["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -253,6 +303,18 @@ def test_files_of_a_run(script, run):
     result = json.loads((run_dir / "result.json").read_text())
     assert (result["global_step"], result["evaluations"]) == (120, 2)
     assert result["final_return"] == pytest.approx((rows[0]["mean"] + rows[1]["mean"]) / 2)
+    assert set(result["final_eval"]) == {"mean", "std", "min", "max", "episodes"}
+
+
+def test_final_evaluation(script, run):
+    """Five episodes in two environments, whose first three pay 3, 21 and 86; eval.csv stays as it is without."""
+    scripted = dict(env_id="stubs:Scripted-v0", eval_interval=0)
+    result = json.loads((run(script, **scripted, final_eval_episodes=5) / "result.json").read_text())
+    expected = dict(mean=26.8, std=pytest.approx(940.96**0.5), min=3, max=86, episodes=5)
+    assert result["final_eval"] == expected and result["final_return"] is None
+    with_one, without = (run(script, run_name=f"{n}", final_eval_episodes=n) for n in (5, 0))
+    assert (with_one / "eval.csv").read_bytes() == (without / "eval.csv").read_bytes()
+    assert json.loads((without / "result.json").read_text())["final_eval"] is None
 
 
 def test_the_final_return_is_the_mean_of_the_last_ten_evaluations(script, run):
@@ -274,26 +336,22 @@ def test_statistics_in_eval_csv(script, run, monkeypatch):
     assert row == dict(global_step=60, mean=3, std=pytest.approx((14 / 3) ** 0.5), min=1, max=6, episodes=3)
 
 
-def test_the_saved_model_acts_like_the_trained_one(script, run, monkeypatch):
+def test_the_saved_model_acts_like_the_trained_one(script, run, made):
     """model.pt holds what is needed to rebuild the networks, and these give the trained ones' actions and values."""
-    trained = []
-
-    def spy(actor, qf, *rest):
-        trained[:] = [actor, qf]
-        return evaluate(actor, qf, *rest)
-
-    evaluate = script.evaluate
-    monkeypatch.setattr(script, "evaluate", spy)
+    agents = made(script, "DDPG")
     saved = model(run(script))
     low, high = saved["actor"]["action_low"], saved["actor"]["action_high"]
-    shape = saved["obs_dim"] if script is tuned else saved["obs_shape"]
-    actor, qf = script.Actor(shape, low, high), script.QNetwork(shape, len(low))
+    (obs_dim,) = shape = saved["obs_shape"]
+    shape = obs_dim if script is tuned else shape
+    actor, qf = script.Actor(shape, low, high), script.QNetwork(shape, low, high)
     actor.load_state_dict(saved["actor"])
     qf.load_state_dict(saved["qf"])
     actor.eval(), qf.eval()
     obs, action = torch.randn(6, 2), torch.randn(6, 1)
-    assert torch.equal(actor(obs), trained[0](obs)) and torch.equal(qf(obs, action), trained[1](obs, action))
+    assert torch.equal(actor(obs), agents[0].actor(obs))
+    assert torch.equal(qf(obs, action), agents[0].qf(obs, action))
     assert (saved["global_step"], saved["env_id"]) == (120, TINY["env_id"])
+    assert script.Args(**saved["args"]).gamma == 0.99
 
 
 def test_tensorboard(script, run):
@@ -335,7 +393,7 @@ def test_diagnostics(script, run, monkeypatch):
             return super().forward(obs) * 0 + self.action_high * 0.999
 
     monkeypatch.setattr(script, "Actor", Saturated)
-    monkeypatch.setattr(script, "explore", lambda actor, obs, noise: torch.stack([g := actor(obs)[0].detach(), g - 1]))
+    monkeypatch.setattr(script.DDPG, "explore", lambda self: self.actor(self.obs).detach() - 1)
     log = scalars(run(script))
     assert log["charts/saturated_actions"] == [(60, 1), (120, 1)]
     assert log["charts/exploration_difference"] == [(60, pytest.approx(1)), (120, pytest.approx(1))]
@@ -358,6 +416,20 @@ def test_evaluate_reproduces_the_last_evaluation(script, run, cli, capsys, monke
 
     cli(script, "--evaluate", run_dir, "--eval-episodes", 7)
     assert capsys.readouterr().out.endswith("over 7 episodes\n")
+
+
+def test_evaluate_needs_only_the_model(script, run, cli, capsys, tmp_path):
+    """Somebody else's, say; from a notebook, too."""
+    run_dir, alone = run(script, eval_episodes=3), tmp_path / "alone"
+    alone.mkdir()
+    (alone / "model.pt").write_bytes((run_dir / "model.pt").read_bytes())
+    capsys.readouterr()
+    cli(script, "--evaluate", run_dir)
+    cli(script, "--evaluate", alone)
+    script.main(script.Args(evaluate=str(alone)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and len(set(lines)) == 1 and lines[0].endswith("over 3 episodes")
+    assert [path.name for path in alone.iterdir()] == ["model.pt"]
 
 
 def test_evaluate_films_every_episode(script, run, cli):
@@ -389,6 +461,8 @@ BOTH = {
     "--policy-frequency 0": "--policy-frequency must be positive",
     "--eval-episodes 0": "--eval-episodes must be positive",
     "--eval-interval -1": "--eval-interval must be at least 0",
+    "--final-eval-episodes -1": "--final-eval-episodes must be at least 0",
+    "--max-eval-steps 0": "--max-eval-steps must be positive",
     "--checkpoint-interval -1": "--checkpoint-interval must be at least 0",
     "--learning-starts -1": "--learning-starts must be at least 0",
     "--num-threads -1": "--num-threads must be at least 0",
@@ -415,6 +489,7 @@ BOTH = {
     "--env-id stubs:DictAction-v0": "continuous action",
     "--env-id stubs:UnboundedAction-v0": "bounded actions",
     "--env-id stubs:HalfBoundedAction-v0": "bounded actions",
+    "--env-id stubs:HugeAction-v0": "float32's largest number",
     "--env-id stubs:MatrixAction-v0": "flat",
     "--env-id stubs:DiscreteObs-v0": "must be a Box",
     "--env-id stubs:DictObs-v0": "must be a Box",
@@ -424,6 +499,7 @@ BOTH = {
     "--env-id stubs:Unrendered-v0 --capture-video": "render",
     "--evaluate nowhere": "nowhere holds no run of",
     "--evaluate .": ". holds no run of",
+    "--evaluate . --resume .": "--resume and --evaluate exclude each other",
     "--resume nowhere": "nowhere holds no run of",
     "--track": "pip install wandb",
 }
@@ -438,6 +514,13 @@ BAD_INPUT = {
         "--exploration-noise -0.1": "--exploration-noise must be at least 0",
         "--exploration-noise nan": "--exploration-noise must be at least 0",
         "--exploration-noise inf": "--exploration-noise must be at least 0",
+        "--exploration-noise-final -1": "--exploration-noise-final must be at least 0",
+        "--noise-anneal-steps -1": "--noise-anneal-steps must be at least 0",
+        "--n-step 0": "--n-step must be positive",
+        "--n-step 42": "--learning-starts must be at least --n-step - 1",
+        "--noise-anneal-steps 40": "--noise-anneal-steps must be above --learning-starts",
+        "--target-noise -0.1": "--target-noise must be at least 0",
+        "--target-noise-clip nan": "--target-noise-clip must be at least 0",
         "--env-id stubs:ImageObs-v0 ": "ddpg_paper_faithful.py --pixels",
     },
     paper: BOTH
@@ -449,6 +532,7 @@ BAD_INPUT = {
         "--ou-theta -0.1": "--ou-theta must be at least 0",
         "--ou-sigma nan": "--ou-sigma must be at least 0",
         "--ou-dt -1": "--ou-dt must be at least 0",
+        "--batch-norm-momentum -0.1": "--batch-norm-momentum must be",
         "--batch-size 1": "batch normalisation",
         "--env-id stubs:ImageObs-v0 ": "--pixels",
         "--pixels --env-id stubs:Unrendered-v0": "apt-get install",
@@ -510,7 +594,7 @@ def test_evaluate_needs_a_model_of_this_script(script, run, cli, capsys):
     run_dir = run(script, save_model=False)
     other = paper if script is tuned else tuned
     model_of_the_other = run(other, run_name="other") / "model.pt"
-    for message in "cannot read", "its script is":
+    for message in "holds no run", "its script is":
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             cli(script, "--evaluate", run_dir)
@@ -537,16 +621,142 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, env_id, eval_interval, 
 
 
 def test_the_advice_names_flags_that_exist(script):
-    """Every --flag that a message or docstring names is one of this script's, but for git's and the sibling's."""
-    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(script.Args)}
-    code = (ROOT / f"{script.SCRIPT}.py").read_text().split("class Args")[1]
-    assert set(re.findall(r"--[a-z][a-z-]+", code)) <= flags | {
-        "--always",
-        "--dirty",
-        "--abbrev",
-        "--exclude",
-        "--pixels",
-    }
+    """Every --flag that a message or docstring names is git's or one of this script's; shared code may name both's."""
+    own, both = ({field.name for each in of for field in dataclasses.fields(each.Args)} for of in ([script], SCRIPTS))
+    algorithm, plumbing = (ROOT / f"{script.SCRIPT}.py").read_text().split("class Args")[1].split("\n# From here on")
+    for code, flags in (algorithm, own), (plumbing, both | {"always", "dirty", "abbrev", "exclude"}):
+        named = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", code)}
+        assert named <= flags, named - flags
+
+
+class Endless(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+gym.register("Endless-v0", Endless)
+
+
+def test_episodes_that_never_end(script, run, capfd):
+    """One line says that no checkpoint is possible, one that evaluations are cut: after 30 steps, each paying 1."""
+    run_dir = run(script, env_id="Endless-v0", checkpoint_interval=20, keep_checkpoint=True, max_eval_steps=30)
+    unsaved, cut = capfd.readouterr().err.splitlines()  # each once
+    assert unsaved == "warning: no checkpoint since step 0: one is written only when the episode has ended"
+    assert cut == "warning: 2 evaluation episodes did not end within --max-eval-steps 30: cut there"
+    assert not (run_dir / "checkpoint.pt").exists()
+    assert [(row["mean"], row["std"]) for row in eval_rows(run_dir)] == [(30, 0), (30, 0)]
+
+
+# Errors
+
+
+def test_a_threads_error_shows_unless_it_is_the_logs(script, run, monkeypatch, capsys):
+    """The log's writer cannot write, and the environment has threads of its own that fail."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", usual := lambda error: shown.append(error.exc_value))
+
+    def fail(error, *_):
+        raise error
+
+    class Careless(gym.Wrapper):
+        errors = [OSError("a thread's"), RuntimeError("another's")]
+
+        def step(self, action):
+            writer = "tensorboard.summary.writer.record_writer.RecordWriter.write"
+            monkeypatch.setattr(writer, lambda *_: fail(OSError(28, "the log's")))
+            if self.errors:
+                thread = threading.Thread(target=fail, args=[self.errors.pop()])
+                thread.start()
+                thread.join()
+            return super().step(action)
+
+    monkeypatch.setattr(script, "wrap", lambda env, args: Careless(env))
+    run(script)
+    assert (
+        "warning: cannot write TensorBoard's log, training goes on: [Errno 28] the log's\n" == capsys.readouterr().err
+    )
+    assert sorted(map(str, shown)) == ["a thread's", "another's"]
+    assert threading.excepthook is usual
+
+
+class Unsaveable:
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+def test_only_the_disks_errors_become_warnings(script, tmp_path, capsys):
+    assert not script.save(tmp_path / "x.pt", Unsaveable(OSError(28, "full")))
+    assert capsys.readouterr().err == f"warning: cannot write {tmp_path}/x.pt, training goes on: [Errno 28] full\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        script.save(tmp_path / "x.pt", Unsaveable(RuntimeError("a bug")))
+
+
+# From a notebook
+
+
+@pytest.fixture
+def broken(script, run, monkeypatch):
+    """The folder of a run whose environment failed after 90 steps; its checkpoint is of step 50."""
+
+    class Broken(gym.Wrapper):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            if self.steps > 90:
+                raise ZeroDivisionError("of the environment")
+            return super().step(action)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as error:
+        patch.setattr(script, "wrap", lambda env, args: Broken(env))
+        run(script, checkpoint_interval=50, keep_checkpoint=True, gamma=0.9)
+    (note,) = error.value.__notes__
+    assert note == "This ended the run at step 91. Resume it with --resume runs/tiny (from step 50)"
+    return "runs/tiny"
+
+
+def handlers():
+    return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), threading.excepthook, sys.excepthook
+
+
+@pytest.mark.parametrize("total", [None, 150])
+def test_a_notebook_resumes_under_the_runs_own_flags(script, broken, total, tmp_path, monkeypatch, capsys):
+    """In an environment that counts as exact, with the same bytes as one longer run."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["notebook", "--no-such-flag"])
+    before = handlers()
+    script.main(script.Args(resume=broken, **{} if total is None else dict(total_timesteps=total)))
+    assert handlers() == before
+    (tmp_path / "longer").mkdir()
+    monkeypatch.chdir(tmp_path / "longer")
+    flags = dict(checkpoint_interval=50, keep_checkpoint=True, gamma=0.9, total_timesteps=total or 120)
+    script.main(script.Args(**TINY | flags))
+    assert handlers() == before
+    assert outcome(tmp_path / "runs/tiny") == outcome(tmp_path / "longer/runs/tiny")
+
+
+@pytest.mark.parametrize("flag", ["gamma", "eval_episodes", "total_timesteps"])
+def test_a_notebook_cannot_change_a_runs_flags(script, broken, flag, capsys):
+    """Not even to the flag's default, once that is given; the run's own value may be."""
+    before = {path.name: path.read_bytes() for path in Path(broken).iterdir()}
+    default, own = getattr(script.Args(), flag), json.loads(before["args.json"])["args"][flag]
+    other = 119 if flag == "total_timesteps" else default
+    message = "can only be raised" if flag == "total_timesteps" else f"its {flag} is {own}"
+    with pytest.raises(SystemExit) as end:
+        script.main(script.Args(resume=broken, **{flag: other}))
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path(broken).iterdir()} == before
+    script.main(script.Args(resume=broken, **{flag: own}))
+    assert Path(broken, "result.json").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, run, tmp_path):
@@ -563,11 +773,12 @@ def test_output_to_a_pipe_is_a_few_plain_lines(script, tmp_path):
     done = process(command(script, env_id="Pendulum-v1"), tmp_path)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout
-    assert lines[0].startswith("Pendulum-v1: ") and lines[0].endswith("1 actions; results in runs/tiny")
-    assert lines[1] == "cpu, 1 CPU threads; replay buffer 0.00 GiB when full"
+    assert lines[0] == "Pendulum-v1: observations (3,), actions (1,); results in runs/tiny"
+    assert re.fullmatch("cpu, CPU threads: 1, products by (mkl|onednn)", lines[1])
     for step, line in zip((60, 120), lines[2:4], strict=True):
         assert re.fullmatch(rf"step {step}: evaluation -[\d.]+, \d+ steps/s, \d\d:\d\d left", line)
-    assert lines[4].startswith("complete after 120 steps in ") and len(lines) == 5
+    complete = r"complete after 120 steps in \d\d:\d\d; final return -[\d.]+, the mean of 2 evaluations"
+    assert re.fullmatch(complete, lines[4]) and len(lines) == 5
 
 
 def test_output_to_a_file_is_plain_lines_though_errors_go_to_a_terminal(tmp_path):
@@ -605,22 +816,24 @@ def outcome(run_dir):
 def test_the_same_seed_gives_the_same_bytes(script, run, tmp_path):
     """Here and in another process; another seed gives others."""
     flags = dict(env_id="Pendulum-v1", total_timesteps=300, eval_interval=150)
-    here = outcome(run(script, **flags))
-    done = process(command(script, **flags, run_name="again"), tmp_path)
+    here, elsewhere = outcome(run(script, **flags)), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = process(command(script, **flags), elsewhere)
     assert done.returncode == 0, done.stderr
-    again, other = outcome(tmp_path / "runs/again"), outcome(run(script, **flags, seed=2, run_name="other"))
+    again, other = outcome(elsewhere / "runs/tiny"), outcome(run(script, **flags, seed=2, run_name="other"))
     assert here == again
     assert all(mine != others for mine, others in zip(here, other, strict=True))
 
 
 def test_two_threads_on_a_busy_machine_give_the_same_bytes_twice(tmp_path):
     flags = dict(env_id="Hopper-v5", batch_size=256, buffer_size=1000, num_threads=2)
-    processes = [
-        subprocess.Popen(command(tuned, **flags, run_name=name), cwd=tmp_path, env=environment(OMP_NUM_THREADS="2"))
-        for name in ("one", "other")  # side by side, each in the other's way
-    ]
+    folders, processes = [tmp_path / "one", tmp_path / "other"], []
+    for folder in folders:  # side by side, each in the other's way
+        folder.mkdir()
+        env = environment(OMP_NUM_THREADS="2")
+        processes.append(subprocess.Popen(command(tuned, **flags), cwd=folder, env=env))
     assert [process.wait() for process in processes] == [0, 0]
-    assert outcome(tmp_path / "runs/one") == outcome(tmp_path / "runs/other")
+    assert outcome(folders[0] / "runs/tiny") == outcome(folders[1] / "runs/tiny")
 
 
 # What the scripts are made of

@@ -3,17 +3,24 @@
 import copy
 import random
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import stubs
 import torch
-from conftest import CPU, command, eval_rows, model, networks, numpy, process, random_batch, scalars, weights
+from conftest import CPU, agent, command, eval_rows, model, networks, numpy, process, random_batch, scalars, weights
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 
 import ddpg_paper_faithful as paper
 
-LOW, HIGH = torch.tensor([-1.0] * 6), torch.tensor([1.0] * 6)
 PIXELS = (9, 64, 64)
+
+
+def networks_for(obs_shape, **flags):
+    """Actor and critic, without batch normalisation, for observations of that shape and six actions."""
+    obs = gym.spaces.Box(0, 255, obs_shape, np.uint8)
+    made = paper.DDPG(paper.Args(batch_norm="none", **flags), obs, gym.spaces.Box(-1, 1, (6,)), CPU)
+    return made.actor, made.qf
 
 
 def parameters(network) -> int:
@@ -25,15 +32,15 @@ def parameters(network) -> int:
 
 @pytest.mark.parametrize("obs_shape, papers", [((17,), 130_000), (PIXELS, 430_000)])
 def test_about_as_many_parameters_as_the_paper(obs_shape, papers):
-    for network in paper.Actor(obs_shape, LOW, HIGH, False), paper.QNetwork(obs_shape, 6, False):
+    for network in networks_for(obs_shape):
         assert abs(parameters(network) / papers - 1) < 0.1
 
 
 def test_layers_and_where_the_action_enters():
-    actor, qf = networks(paper, obs_dim=17, low=LOW.tolist(), high=HIGH.tolist())
+    actor, qf = networks_for((17,))
     assert [tuple(p.shape) for p in actor.parameters()][::2] == [(400, 17), (300, 400), (6, 300)]
     assert [tuple(p.shape) for p in qf.parameters()][::2] == [(400, 17), (300, 400 + 6), (1, 300)]
-    actor, qf = paper.Actor(PIXELS, LOW, HIGH, False), paper.QNetwork(PIXELS, 6, False)
+    actor, qf = networks_for(PIXELS)
     convolutions = [(32, 9, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3)]
     assert [tuple(p.shape) for p in actor.parameters()][::2] == [*convolutions, (200, 2048), (200, 200), (6, 200)]
     assert [tuple(p.shape) for p in qf.parameters()][::2] == [*convolutions, (200, 2048), (200, 206), (1, 200)]
@@ -56,7 +63,7 @@ def relu(x):
 
 def test_networks_with_batch_normalisation_by_hand():
     """On the observation, all of the actor's layers, and the critic's before the action; after the linear map."""
-    actor, qf = networks(paper, obs_dim=3, low=(-0.4, -3.0), high=(0.4, 1.0), batch_norm=True)
+    actor, qf = networks(paper, obs_dim=3, low=(-0.4, -3.0), high=(0.4, 1.0), batch_norm="both")
     for norm in (m for network in (actor, qf) for m in network.modules() if isinstance(m, torch.nn.BatchNorm1d)):
         for tensor in norm.weight, norm.bias, norm.running_mean, norm.running_var:
             torch.nn.init.uniform_(tensor.data, 0.5, 2)
@@ -71,14 +78,14 @@ def test_networks_with_batch_normalisation_by_hand():
     np.testing.assert_allclose(numpy(actor(obs)), expected, atol=1e-5)
 
     x = relu(normalised(qf.norm1, linear(qf.fc1, normalised(qf.input, numpy(obs)))))
-    x = relu(linear(qf.fc2, np.hstack([x, numpy(action)])))
+    x = relu(linear(qf.fc2, np.hstack([x, (numpy(action) - [0.0, -1.0]) / [0.4, 2.0]])))
     np.testing.assert_allclose(numpy(qf(obs, action)), linear(qf.fc3, x)[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("obs_shape, output_bound", [((17,), 3e-3), (PIXELS, 3e-4)])
 def test_initial_weights(obs_shape, output_bound):
     """Uniform: within the bound, and near it; the fan-in of the layer that the action enters counts both."""
-    for network in paper.Actor(obs_shape, LOW, HIGH), paper.QNetwork(obs_shape, 6):
+    for network in networks_for(obs_shape):
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
         for layer in layers:
             inputs = {torch.nn.Linear: lambda m: m.in_features, torch.nn.Conv2d: lambda m: m.in_channels * 9}
@@ -97,49 +104,40 @@ def test_other_initial_weights(name, bound):
     assert actor.fc_mu.weight.abs().max() <= 3e-3
 
 
-def test_learning_rates_and_weight_decay_sit_on_the_right_networks(run, monkeypatch):
-    """CleanRL's documentation has the learning rates swapped. L2 is coupled and acts on the critic only."""
-    seen = []
-    update = paper.update
-    monkeypatch.setattr(paper, "update", lambda *args: seen.append(args) or update(*args))
+def test_learning_rates_and_weight_decay_sit_on_the_right_networks(run, made):
+    """CleanRL's documentation has the learning rates swapped. L2 acts on the critic only."""
+    agents = made(paper, "DDPG")
     run(paper, actor_lr=0.02, critic_lr=0.03, critic_weight_decay=0.04)
-    actor, qf, _, _, *optimizers = seen[0][:6]
-    for network, optimizer, lr, decay in zip((actor, qf), optimizers, (0.02, 0.03), (0, 0.04), strict=True):
-        (group,) = optimizer.param_groups
-        assert type(optimizer) is torch.optim.Adam
-        assert (group["lr"], group["weight_decay"]) == (lr, decay) and not group["decoupled_weight_decay"]
-        assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
+    optimizers = agents[0].actor_optimizer, agents[0].qf_optimizer
+    for network, optimizer, lr, decay in zip(
+        (agents[0].actor, agents[0].qf), optimizers, (0.02, 0.03), (0, 0.04), strict=True
+    ):
+        assert (optimizer.settings["lr"], optimizer.weight_decay) == (lr, decay)
+        assert {id(p) for p in optimizer.parameters} == {id(p) for p in network.parameters()}
 
 
 # Batch normalisation
-
-
-def agent():
-    actor, qf = (network.eval() for network in networks(paper, batch_norm=True))  # as main makes them
-    target_actor, target_qf = copy.deepcopy(actor), copy.deepcopy(qf)
-    optimizers = torch.optim.Adam(actor.parameters(), 1e-3), torch.optim.Adam(qf.parameters(), 1e-3)
-    return [actor, qf, target_actor, target_qf, *optimizers]
 
 
 def averages(network):
     return {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
 
 
-def test_running_averages_by_hand():
+@pytest.mark.parametrize("flags, mean, var", [({}, 0.2, 1.1), (dict(batch_norm_momentum=0.3), 0.6, 1.3)])
+def test_running_averages_by_hand(flags, mean, var):
     """Observations 1 and 3: mean 2, variance 2 (of a sample). A tenth of the way from (0, 1) is (0.2, 1.1)."""
-    everything = agent()
+    learner = agent(paper, batch_norm="both", **flags)
     obs = torch.tensor([[1.0] * 3, [3.0] * 3])
-    batch = paper.Batch(obs, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2))
-    paper.update(*everything, batch, 0.99, 0.001)
-    torch.testing.assert_close(everything[0].input.running_mean, torch.tensor([0.2] * 3))
-    torch.testing.assert_close(everything[0].input.running_var, torch.tensor([1.1] * 3))
+    learner.update(paper.Batch(obs, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)), False)
+    torch.testing.assert_close(learner.qf.input.running_mean, torch.tensor([mean] * 3))
+    torch.testing.assert_close(learner.qf.input.running_var, torch.tensor([var] * 3))
 
 
 def test_acting_depends_on_no_batch():
     """After an update, acting and evaluating use running averages, and leave them as they are."""
-    everything = agent()
-    paper.update(*everything, random_batch(paper), 0.99, 0.001)
-    actor, qf = everything[:2]
+    learner = agent(paper, batch_norm="both")
+    learner.update(random_batch(paper))
+    actor, qf = learner.actor, learner.qf
     before = averages(actor), averages(qf)
     obs = torch.randn(8, 3)
     alone = torch.cat([actor(row[None]) for row in obs])
@@ -147,47 +145,47 @@ def test_acting_depends_on_no_batch():
     torch.testing.assert_close(
         qf(obs, alone), torch.cat([qf(o[None], a[None]) for o, a in zip(obs, alone, strict=True)])
     )
-    paper.explore(actor, obs[:1], paper.OrnsteinUhlenbeckNoise(torch.ones(1), 0.15, 0.2, 1.0))
+    learner.act(obs[0].numpy())
     for network, saved in zip((actor, qf), before, strict=True):
         assert all(torch.equal(value, saved[name]) for name, value in averages(network).items())
 
 
 def test_main_acts_by_running_averages(run, monkeypatch):
-    """Also before the first update and after each: explore() and evaluate() never meet a network in training mode."""
-    modes = set()
-    for name in "explore", "evaluate":
-        function = getattr(paper, name)
+    """Also before the first update and after each: explore(), diagnostics() and evaluate() never meet training mode."""
+    modes = []
+    for owner, name in (paper.DDPG, "explore"), (paper.DDPG, "diagnostics"), (paper, "evaluate"):
+        function = getattr(owner, name)
 
-        def spy(actor, *rest, function=function):
-            modes.add(actor.training)
-            return function(actor, *rest)
+        def spy(agent, *rest, function=function):
+            modes.extend([agent.actor.training, agent.qf.training])
+            return function(agent, *rest)
 
-        monkeypatch.setattr(paper, name, spy)
+        monkeypatch.setattr(owner, name, spy)
     run(paper)
-    assert modes == {False}
+    assert len(modes) > 150 and not any(modes)
 
 
 def test_targets_normalise_by_the_batch():
     """Their running averages, which nothing keeps up to date, are never used: they may hold anything."""
-    everything = agent()
-    others = copy.deepcopy(everything)
-    for target in others[2:4]:
+    learner = agent(paper, batch_norm="both", tau=0.5)
+    other = copy.deepcopy(learner)
+    for target in other.target_actor, other.target_qf:
         for name, value in target.state_dict().items():
             if "running" in name:
                 value.fill_(float("nan"))
     for _ in range(3):
         batch = random_batch(paper)
-        losses = [paper.update(*each, batch, 0.99, 0.5) for each in (everything, others)]
-        assert losses[0] == losses[1]
-    assert all(torch.equal(weights(a), weights(b)) for a, b in zip(everything[:4], others[:4], strict=True))
+        assert learner.update(batch) == other.update(batch)
+    for name in "actor", "qf", "target_actor", "target_qf":
+        assert torch.equal(weights(getattr(learner, name)), weights(getattr(other, name)))
 
 
 def test_targets_value_by_hand():
     """One observation twice has no spread: the normalised input is 0 whatever the running averages say."""
-    actor, qf = networks(paper, batch_norm=True)
-    actor.train(), qf.train()
-    batch = random_batch(paper, n=2)._replace(next_obs=torch.full((2, 3), 7.0), terminated=torch.zeros(2))
-    loss, q = paper.critic_loss(qf, actor, qf, batch, gamma=0.5)
+    learner = agent(paper, batch_norm="both")
+    actor, qf = learner.target_actor.train(), learner.target_qf.train()
+    batch = random_batch(paper, n=2)._replace(next_obs=torch.full((2, 3), 7.0), discount=torch.full((2,), 0.5))
+    loss, q = learner.critic_loss(batch)
     hidden = relu(numpy(qf.norm1.bias))  # zeros normalised are zeros; only the bias is left
     action = numpy(actor(batch.next_obs))
     next_q = linear(qf.fc3, relu(linear(qf.fc2, np.hstack([np.tile(hidden, (2, 1)), action]))))[:, 0]
@@ -195,29 +193,37 @@ def test_targets_value_by_hand():
     assert loss.item() == pytest.approx(((y - numpy(q)) ** 2).mean(), rel=1e-5)
 
 
-def test_saving_keeps_the_running_averages(run, monkeypatch):
-    trained = []
-    evaluate = paper.evaluate
-    monkeypatch.setattr(paper, "evaluate", lambda *args: trained.append(args[:2]) or evaluate(*args))
+def test_saving_keeps_the_running_averages(run, made):
+    agents = made(paper, "DDPG")
     saved = model(run(paper))
-    for key, network in zip(("actor", "qf"), trained[-1], strict=True):
+    for key, network in ("actor", agents[0].actor), ("qf", agents[0].qf):
         kept = averages(network)
         assert kept and all(torch.equal(saved[key][name], value) for name, value in kept.items())
         at_first = {"mean": 0, "var": 1}  # they have moved since
         assert all((value != at_first[name.split("_")[-1]]).any() for name, value in kept.items())
 
 
-@pytest.mark.parametrize("flags", [dict(batch_norm=False), dict(pixels=True, env_id="stubs:Scripted-v0")])
+@pytest.mark.parametrize("flags", [dict(batch_norm="actor"), dict(pixels=True, env_id="stubs:Scripted-v0")])
 def test_the_model_says_how_to_rebuild_it(run, flags):
     saved = model(run(paper, total_timesteps=50, eval_interval=0, **flags))
-    low, high = saved["actor"]["action_low"], saved["actor"]["action_high"]
-    actor = paper.Actor(saved["obs_shape"], low, high, saved["batch_norm"])
-    qf = paper.QNetwork(saved["obs_shape"], len(low), saved["batch_norm"])
-    actor.load_state_dict(saved["actor"]), qf.load_state_dict(saved["qf"])
+    space = gym.spaces.Box(saved["actor"]["action_low"].numpy(), saved["actor"]["action_high"].numpy())
+    obs_space = gym.spaces.Box(-np.inf, np.inf, saved["obs_shape"])
+    rebuilt = paper.DDPG(paper.Args(**saved["args"]), obs_space, space, CPU)
+    for name in "actor", "qf":
+        getattr(rebuilt, name).load_state_dict(saved[name])
 
 
-def test_no_batch_norm_means_none(run):
-    assert not [name for name in model(run(paper, batch_norm=False))["actor"] if "running" in name or "norm" in name]
+@pytest.mark.parametrize("which", ["none", "actor", "both"])
+def test_batch_normalisation_is_where_it_should_be(which):
+    """In the networks and their targets: at the input and before each ReLU; in the critic not after the action."""
+    learner = agent(paper, batch_norm=which)
+    for name, kinds, places in (
+        ("actor", ("actor", "both"), ["input", "norm1", "norm2"]),
+        ("qf", ("both",), ["input", "norm1"]),
+    ):
+        for network in getattr(learner, name), getattr(learner, f"target_{name}"):
+            found = [place for place, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm1d)]
+            assert found == (places if which in kinds else [])
 
 
 # Ornstein-Uhlenbeck noise
@@ -313,7 +319,7 @@ def test_frames_repeat_and_episode_ends(size):
 
 
 def test_pixel_networks_scale_frames_to_0_1():
-    for network in paper.Actor(PIXELS, LOW, HIGH, False), paper.QNetwork(PIXELS, 6, False):
+    for network in networks_for(PIXELS):
         seen = []
         network.input[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         frames = torch.randint(0, 256, (4, *PIXELS), dtype=torch.uint8)
@@ -330,16 +336,16 @@ def test_pixel_replay_buffer_is_a_bounded_list(seed):
     assert buffer.frames.dtype == torch.uint8
     for _ in range(60):
         obs, next_obs = (np.array([rng.randrange(256) for _ in range(4)], np.uint8).reshape(1, 2, 2) for _ in range(2))
-        action, reward, terminated = np.float32([rng.random(), rng.random()]), rng.randrange(100), rng.random() < 0.5
-        buffer.add(obs, action, reward, next_obs, terminated)
-        row = *obs.flatten().tolist(), *action.tolist(), reward, *next_obs.flatten().tolist(), float(terminated)
+        action, reward, discount = np.float32([rng.random(), rng.random()]), rng.randrange(100), rng.choice([0, 0.5])
+        buffer.add(obs, action, reward, next_obs, discount)
+        row = *obs.flatten().tolist(), *action.tolist(), reward, *next_obs.flatten().tolist(), discount
         oracle = [*oracle, row][-capacity:]
         if rng.random() < 0.2:
             state, buffer = copy.deepcopy(buffer.state_dict()), paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU)
             buffer.load_state_dict(state)
         batch = buffer.sample(20 * capacity)
         columns = batch.obs.flatten(1), batch.action, batch.reward[:, None], batch.next_obs.flatten(1)
-        rows = torch.cat([*columns, batch.terminated[:, None]], 1).tolist()
+        rows = torch.cat([*columns, batch.discount[:, None]], 1).tolist()
         assert all(tuple(row) in oracle for row in rows)
     assert {tuple(row) for row in rows} == set(oracle)
 
@@ -364,8 +370,9 @@ def test_a_run_from_pixels(run, made):
     for (number, obs_steps, next_steps), row in zip(by_episode, rows, strict=True):
         length = lengths[episode]
         played = range(t, min(t + 3, length))
-        over = t + 3 >= length and stubs.Scripted.ENDINGS[(start + episode) % 5][1] != "truncated"
-        assert row[2:].tolist() == [sum(10 * (start + episode) + step for step in played), over]
+        terminal = t + 3 >= length and stubs.Scripted.ENDINGS[(start + episode) % 5][1] != "truncated"
+        rewards = sum(10 * (start + episode) + step for step in played)
+        assert row[2:].tolist() == [rewards, 0 if terminal else np.float32(0.99)]
         assert all((row[:2] == next(actions)).all() for _ in played)
         expected = [min(t + i, length) for i in (1, 2, 3)]
         assert (number, next_steps) == (episode, expected)

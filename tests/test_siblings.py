@@ -2,40 +2,79 @@
 
 import ast
 import difflib
+import re
 
 from conftest import ROOT, TESTS, paper, tuned
 
-DIFFERENT = {
-    "Args": "learning rates, weight decay, noise, batch normalisation, initialisation, pixels, and the defaults",
-    "QNetwork": "400-300, action at the second layer, batch normalisation, initialisation, pixels",
-    "Actor": "400-300, batch normalisation, initialisation, pixels",
-    "update": "batch normalisation's mode",
-    "check_args": "the flags that differ",
-    "make_env": "pixels",
+MARK = "\n# From here on: "
+NETWORKS = "layer sizes, where the action enters, which normalisation, initial weights, pixels"
+DIFFERENT = {  # above the mark
+    "Args": "learning rates, weight decay, noise, batch normalisation, initial weights, pixels, and the defaults",
+    "QNetwork": "observations of any shape",
+    "QNetwork.__init__": NETWORKS,
+    "QNetwork.forward": NETWORKS,
+    "Actor": "observations of any shape",
+    "Actor.__init__": NETWORKS,
+    "Actor.forward": NETWORKS,
+    "DDPG.__init__": "networks, learning rates, weight decay, noise",
+    "DDPG.act": "observations of any shape",
+    "DDPG.explore": "parameter noise",
+    "DDPG.critic_loss": "target noise",
+    "DDPG.diagnostics": "parameter noise",
+    "DDPG.update": "batch normalisation's mode",
+    "wrap": "pixels",
     "main": "see main.diff",
 }
-ONLY_TUNED = {"GaussianNoise"}
-ONLY_PAPER = {"init_weights", "Convolutions", "input_layers", "OrnsteinUhlenbeckNoise"}
-ONLY_PAPER |= {"PixelObservation", "PixelReplayBuffer"}
+ONLY_TUNED = {"NStep", "GaussianNoise", "ParameterNoise", "DDPG.anneal_noise"}
+FLAGS_ONLY_TUNED = "learning_rate exploration_noise noise noise_anneal_steps exploration_noise_final layer_norm n_step "
+FLAGS_ONLY_TUNED += "target_noise target_noise_clip"
+ONLY_PAPER = {"init_weights", "Convolutions", "input_layers"}
+ONLY_PAPER |= {"PixelObservation", "PixelReplayBuffer", "Args.__post_init__"}
+
+
+def halves(script) -> tuple[str, str]:
+    """The algorithm, and what surrounds it."""
+    source = (ROOT / f"{script.SCRIPT}.py").read_text()
+    assert source.count(MARK) == 1
+    return source[: source.index(MARK)], source[source.index(MARK) :]
 
 
 def definitions(script) -> dict[str, str]:
-    """Every top-level statement after the docstring, by name (imports and the guard by their text)."""
-    source = (ROOT / f"{script.SCRIPT}.py").read_text()
-    found = {}
+    """Every statement of the algorithm's half after the docstring, by name; of a class, each method as Class.method."""
+    source, found = halves(script)[0], {}
+
+    def text_of(node) -> str:
+        decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in getattr(node, "decorator_list", []))
+        return decorators + ast.get_source_segment(source, node)
+
     for node in ast.parse(source).body[1:]:
-        text = ast.get_source_segment(source, node)
-        decorators = "".join(f"@{ast.unparse(d)}\n" for d in getattr(node, "decorator_list", []))
-        name = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", text)
-        found[name] = decorators + text
+        text = text_of(node)
+        if isinstance(node, ast.ImportFrom):
+            name = f"from {node.module}"
+        else:
+            name = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", text)
+        if isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            found |= {f"{name}.{method.name}": text_of(method) for method in methods}
+            rest = [each for each in node.body if each not in methods]
+            text = "\n".join(map(text_of, [*node.decorator_list, *node.bases, *rest]))
+        found[name] = text
     return found
+
+
+def only(one: dict, other: dict) -> set[str]:
+    """Names of what the other lacks; of a class that it lacks, not each of its methods."""
+    return {name for name in set(one) - set(other) if name.split(".")[0] in other or "." not in name}
+
+
+def test_what_surrounds_the_algorithm_is_word_for_word_the_same():
+    assert halves(tuned)[1] == halves(paper)[1]
 
 
 def test_shared_definitions_are_word_for_word_the_same():
     one, other = definitions(tuned), definitions(paper)
-    imports = "from typing import Annotated, NamedTuple", "from typing import Annotated, Literal, NamedTuple"
-    assert set(one) - set(other) == ONLY_TUNED | {imports[0]}
-    assert set(other) - set(one) == ONLY_PAPER | {imports[1]}
+    assert only(one, other) == ONLY_TUNED
+    assert only(other, one) == ONLY_PAPER
     assert {name for name in set(one) & set(other) if one[name] != other[name]} == set(DIFFERENT)
 
 
@@ -44,13 +83,18 @@ def test_shared_definitions_come_in_the_same_order():
     assert [name for name in one if name in other] == [name for name in other if name in one]
 
 
-def differences(script_a, script_b, name) -> list[str]:
-    lines = [definitions(script)[name].splitlines() for script in (script_a, script_b)]
-    return [line for line in difflib.unified_diff(*lines, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
+def test_the_map_of_algorithm_1_names_what_is_there():
+    """Each entry of the docstrings' tables that looks like code."""
+    for script in tuned, paper:
+        rows = [line.split("|") for line in script.__doc__.splitlines() if line.count("|") == 3]
+        names = re.findall(r"[\w.]*[A-Z][\w.]*|main", " ".join(row[2] for row in rows[2:]))
+        assert len(rows) > 10 and set(names) <= set(definitions(script)), names
 
 
 def main_diff() -> str:
-    return "".join(f"{line}\n" for line in differences(tuned, paper, "main"))
+    lines = [definitions(script)["main"].splitlines() for script in (tuned, paper)]
+    diff = difflib.unified_diff(*lines, n=0, lineterm="")
+    return "".join(f"{line}\n" for line in diff if line[:2] not in ("--", "++", "@@"))
 
 
 def test_the_two_main_functions_differ_as_listed():
@@ -59,27 +103,24 @@ def test_the_two_main_functions_differ_as_listed():
     assert main_diff() == (TESTS / "main.diff").read_text(), f"if the change is meant: {fix}"
 
 
+def flags(script) -> dict[str, tuple[str, str]]:
+    """Type and words, but for where a default comes from, of each flag."""
+    (args,) = [node for node in ast.parse(halves(script)[0]).body if getattr(node, "name", "") == "Args"]
+    body = [node for node in args.body if isinstance(node, ast.AnnAssign | ast.Expr)]
+    return {
+        field.target.id: (ast.unparse(field.annotation), doc.value.value.split(" (")[0])
+        for field, doc in zip(body[::2], body[1::2], strict=True)
+    }
+
+
 def test_shared_flags_mean_the_same():
-    """The same name, type and place, and the same words but for where a default comes from."""
-    fields = [
-        {
-            node.target.id: (ast.unparse(node.annotation), doc.value.value.split(" (")[0])
-            for node, doc in zip(body[::2], body[1::2], strict=True)
-        }
-        for body in (
-            [
-                node
-                for node in ast.parse(definitions(script)["Args"]).body[0].body
-                if isinstance(node, ast.AnnAssign | ast.Expr)
-            ]
-            for script in (tuned, paper)
-        )
-    ]
-    shared = [name for name in fields[0] if name in fields[1]]
-    assert shared == [name for name in fields[1] if name in fields[0]]
-    differing = {name for name in shared if fields[0][name] != fields[1][name]}
-    assert differing == {"batch_size"}
-    assert set(fields[0]) - set(fields[1]) == {"learning_rate", "exploration_noise"}
+    """The same name, type, place and words."""
+    one, other = flags(tuned), flags(paper)
+    shared = [name for name in one if name in other]
+    moved = {"ou_theta", "ou_dt"}  # in the tuned script among the additions
+    assert [name for name in shared if name not in moved] == [name for name in other if name in one.keys() - moved]
+    assert {name for name in shared if one[name] != other[name]} == {"batch_size"}
+    assert set(one) - set(other) == set(FLAGS_ONLY_TUNED.split())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""What README.md says, held to what it says it of: links to lines, code to copy, metrics, figures.
+
+python tests/test_readme.py brings the line numbers and the table of speeds up to date.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, environment, model, paper, scalars, tuned
+from PIL import Image
+
+README = ROOT / "README.md"
+LINK = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)")
+SPEED = re.compile(r"\| steps a second \|.*\n(?:\|.*\n)+")
+REFRESH = "run: python tests/test_readme.py"
+
+
+def line_of(script: str, name: str) -> int:
+    """Where a definition, or a method of a class, starts."""
+    body = ast.parse((ROOT / script).read_text()).body
+    for part in name.split("."):
+        definition = next(node for node in body if getattr(node, "name", None) == part)
+        body = definition.body
+    return definition.lineno
+
+
+def refreshed(text: str) -> str:
+    text = LINK.sub(lambda link: f"[`{link[1]}`]({link[2]}#L{line_of(link[2], link[1])})", text)
+    measured = SPEED.search((ROOT / "benchmark/results/throughput.md").read_text())
+    return SPEED.sub(lambda _: measured[0], text)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_links_to_lines_and_speeds_are_up_to_date():
+    text = README.read_text()
+    assert len(LINK.findall(text)) > 10 and len(SPEED.findall(text)) == 1
+    assert refreshed(text) == text, REFRESH
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
+def test_algorithm_1_is_mapped_as_in_the_docstring(script):
+    """The same ten lines of the paper, and the same functions; the noise is each script's own."""
+    table = re.findall(r"^\| (.*?) +\| (.*?) +\|$", script.__doc__.partition("| Algorithm 1 ")[2], re.MULTILINE)
+    page = README.read_text().partition("| Algorithm 1 ")[2].split("\n\n")[0]
+    linked = [re.findall(r"\[`([\w.]+)`\]", line) for line in page.splitlines()[2:]]
+    assert len(linked) == len(table) == 10
+    for names, (line, functions) in zip(linked, table, strict=True):
+        named = [name for name in functions.split("; ") if not name.lower().endswith("noise")]
+        assert names == named or ("random process" in line and set(named) <= set(names)), line
+
+
+def changed(script: str, diff: str) -> str:
+    """The script after the edits of a diff whose hunks name a place instead of line numbers."""
+    source = (ROOT / script).read_text()
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = [line or " " for line in hunk.splitlines()]
+        before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+        after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+        assert source.count(before) == 1, f"README.md changes lines that are not there, or not once:\n{before}"
+        source = source.replace(before, after)
+    return source
+
+
+def loaded(path: Path):
+    """A module of its own, as `python PATH` would have it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def copy_of_tuned(tmp_path, monkeypatch):
+    """copy_of_tuned(diff) is a changed copy of the script as a module."""
+
+    def copied(diff):
+        path = tmp_path / "ddpg_changed.py"
+        path.write_text(changed("ddpg_continuous_action.py", diff))
+        monkeypatch.setitem(sys.modules, path.stem, None)  # put back when the test is over
+        return loaded(path)
+
+    return copied
+
+
+NOISE, SECOND_CRITIC = 0, 1
+EXACT = dict(total_timesteps=100, checkpoint_interval=50, keep_checkpoint=True, final_eval_episodes=0)
+
+
+@pytest.mark.parametrize("change", [NOISE, SECOND_CRITIC])
+def test_changes_train_are_checkpointed_and_resume_exactly(change, run, copy_of_tuned):
+    script = copy_of_tuned(blocks("diff")[change])
+    whole = model(run(script, **EXACT | dict(total_timesteps=150, run_name="whole")))
+    part = run(script, **EXACT | dict(run_name="part"))
+    script.main(script.Args(resume=str(part), total_timesteps=150))
+    assert set(whole) == set(model(part))
+    for name in ("actor", "qf", "qf2"):
+        for key, weights in whole.get(name, {}).items():
+            assert torch.equal(weights, model(part)[name][key]), (name, key)
+
+
+def test_the_noise_stays_the_same_throughout_an_episode(run, copy_of_tuned, made):
+    script = copy_of_tuned(blocks("diff")[NOISE])
+    agents = made(script, "DDPG")
+    run(script)
+    noise = agents[0].noise
+    noise.reset()
+    first, second = noise.sample(), noise.sample()
+    noise.reset()
+    assert torch.equal(first, second) and not torch.equal(first, noise.sample())
+
+
+def test_the_second_critic_learns_and_lowers_the_target(run, copy_of_tuned, made):
+    script = copy_of_tuned(blocks("diff")[SECOND_CRITIC])
+    agents = made(script, "DDPG")
+    run_dir = run(script, policy_frequency=2, target_noise=0.2)
+    agent, start = agents[0], script.DDPG(script.Args(), *spaces(), torch.device("cpu"))
+    assert {"qf2", "qf"} <= set(model(run_dir)) and "target_qf2" not in model(run_dir)
+    trained = [network.fc3.weight for network in (agent.qf, agent.qf2, agent.target_qf2)]
+    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
+    batch = random_batch(script)
+    higher, lower = start.target_qf, start.target_qf2
+    for network, value in (higher, 5.0), (lower, 2.0), (start.qf, 0.0), (start.qf2, 0.0):
+        torch.nn.init.zeros_(network.fc3.weight)
+        torch.nn.init.constant_(network.fc3.bias, value)
+    loss, q = start.critic_loss(batch)
+    y = batch.reward + batch.discount * 2.0
+    assert torch.allclose(loss, 2 * y.square().mean()) and torch.equal(q, torch.zeros(32))
+
+
+def spaces():
+    env = gym.make("stubs:Point-v0")
+    return env.observation_space, env.action_space
+
+
+def random_batch(script):
+    return script.Batch(
+        obs=torch.randn(32, 2),
+        action=torch.rand(32, 1) * 2 - 1,
+        reward=torch.randn(32),
+        next_obs=torch.randn(32, 2),
+        discount=torch.full((32,), 0.99),
+    )
+
+
+def test_a_model_acts_in_five_lines(run, made):
+    agents = made(tuned, "DDPG")
+    run_dir = run(tuned)
+    code = blocks("python")[0]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 5
+    names = {}
+    exec(code.replace("runs/NAME", str(run_dir)), names)
+    greedy = agents[0].actor(torch.as_tensor(names["obs"])[None])[0].detach().numpy()
+    assert np.array_equal(names["action"], greedy) and names["action"].shape == (1,)
+
+
+def test_every_metric_is_explained(run):
+    logged = set(scalars(run(tuned, noise="parameter", layer_norm="both", run_name="a")))
+    logged |= set(scalars(run(paper, run_name="b")))
+    assert set(re.findall(r"`((?:eval|charts|losses)/\w+)`(?=[,| ])", README.read_text())) == logged
+
+
+def test_the_commands_set_everything_up_themselves():
+    set_up = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    train, test = (line for block in blocks("bash") for line in block.splitlines() if line.startswith(set_up))
+    flags = train.removeprefix(f"{set_up}python ddpg_continuous_action.py ")
+    assert flags == "--total-timesteps 300e3" and test == f"{set_up}python -m pytest -q"
+    ci = (ROOT / ".ci/run").read_text()
+    assert "python3 -m venv" in ci and "sed -n 's/.*&& \\(python -m pytest.*\\)$/\\1/p' README.md" in ci
+
+
+def test_flags_exist():
+    """Those of the scripts, wherever the page names one."""
+    own = {f"--{name.replace('_', '-')}" for script in SCRIPTS for name in script.Args.__dataclass_fields__}
+    others = {"--help", "--no-cuda", "--slurm", "--export", "--pages", "--logdir", "--upload-model", "--hf-entity"}
+    others |= {"--show", "--requirement"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) <= own | others
+
+
+def test_time_and_return_to_expect():
+    """Of the training command, within a sixth of what the committed runs took and reached."""
+    minutes, expected = re.search(r"about (\d+) minutes .* a return of about ([\d,]+)", README.read_text()).groups()
+    runs = ROOT.glob("benchmark/results/**/HalfCheetah-v5__ddpg_continuous_action__?/result.json")
+    returns, seconds = [], []
+    for path in runs:
+        rows = pd.read_csv(path.with_name("eval.csv")).query("global_step <= 300e3")
+        returns.append(rows["mean"].tail(10).mean())
+        seconds.append(300e3 / json.loads(path.read_text())["steps_per_second"])
+    assert float(expected.replace(",", "")) == pytest.approx(np.mean(returns), rel=1 / 6)
+    assert float(minutes) == pytest.approx(np.mean(seconds) / 60, rel=1 / 6)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_film(run, tmp_path, ending):
+    """Of a policy of either ending: as long as asked for, small, and refused when it is not."""
+    run_dir, out = run(tuned, env_id="Pendulum-v1"), tmp_path / f"film.{ending}"
+    line = [sys.executable, ROOT / "benchmark/film.py", run_dir, out, "--frames", "12", "--width", "60", "--height=40"]
+    made = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    film = Image.open(out)
+    assert film.size == (60, 40) and film.n_frames == 12 and "after 120 steps" in made.stdout
+    refused = subprocess.run([*line, "--max-mb", "0.001"], env=environment(), capture_output=True, text=True)
+    assert refused.returncode == 2 and "larger than 0.001 MB" in refused.stderr
+
+
+if __name__ == "__main__":
+    README.write_text(refreshed(README.read_text()))

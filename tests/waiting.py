@@ -1,0 +1,34 @@
+"""waiting:Waiting-v0 is Pendulum-v1, but the run with seed 2 waits at the step that a file named hold contains.
+
+It waits in the run's working directory, until the file is gone or the run is asked to stop. With it, a test kills a run
+at a known place, however fast the machine is.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+
+class Waiting(PendulumEnv):
+    waits, steps = False, 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.waits = seed == 2  # a run's first episode has the run's own seed, its evaluations have larger ones
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.steps += 1
+        hold = Path("hold")
+        while self.waits and hold.exists() and self.steps >= int(hold.read_text()):
+            scripts = sys.modules["__main__"], sys.modules.get("ddpg_paper_faithful")
+            if any(getattr(script, "stop_signals", None) for script in scripts):
+                break
+            time.sleep(0.01)
+        return super().step(action)
+
+
+gym.register("Waiting-v0", Waiting, max_episode_steps=200)
