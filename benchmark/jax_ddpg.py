@@ -36,10 +36,10 @@ except ImportError as error:
     exit_unless(False, f"{error}: pip install -r benchmark/requirements-jax.txt")
 
 SCRIPT = Path(__file__).stem
-NOT_HERE = (
+NOT_FOR_JAX = (
     "torch_deterministic cuda cudagraphs compile matmul noise ou_theta ou_dt noise_anneal_steps layer_norm n_step "
 )
-NOT_HERE += "exploration_noise_final target_noise target_noise_clip"  # flags of the PyTorch script
+NOT_FOR_JAX += "exploration_noise_final target_noise target_noise_clip"  # flags of the PyTorch script
 
 
 @dataclass
@@ -262,7 +262,7 @@ def use_threads(number: int):
 
 def main(args: Args):
     """Train. From a notebook too: main(Args(env_id="Hopper-v5")), main(Args(resume="runs/NAME"))."""
-    for name in NOT_HERE.split():
+    for name in NOT_FOR_JAX.split():
         default, flag = getattr(Args, name), f"--{name.replace('_', '-')}"
         exit_unless(getattr(args, name) == default, f"{flag} is not for {SCRIPT}.py: it stays at {default}")
     if args.evaluate:
