@@ -507,7 +507,7 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_seed: int, max_steps: int):
 def main(args: Args):
     """Train. From a notebook too: main(Args(env_id="Hopper-v5")), main(Args(resume="runs/NAME"))."""
     if args.evaluate:
-        return evaluate_run(args)
+        return evaluate_run(args, DDPG)
     args, device, env = set_up(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
 
@@ -572,6 +572,8 @@ NOT_NEGATIVE = (
     *("exploration_noise", "exploration_noise_final", "noise_anneal_steps", "target_noise", "target_noise_clip"),
     *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt", "batch_norm_momentum"),
 )
+# What a run records of its script: no flags, and a script that imports this one has its own
+Args.script, Args.packages = SCRIPT, ("torch", "gymnasium", "mujoco", "numpy")
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
@@ -629,7 +631,7 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if not self.args.resume or not path.exists():
             return None
-        checkpoint = load(path, "cpu", script=SCRIPT, format=CHECKPOINT_FORMAT)
+        checkpoint = load(path, "cpu", script=self.args.script, format=CHECKPOINT_FORMAT)
         for name, value in differing(checkpoint["args"], self.args).items():
             exit_unless(False, f"{path} belongs to another run: its {name} is {value}")
         return checkpoint
@@ -640,7 +642,7 @@ class Run:
         taken = not self.args.resume and (args_path.exists() or any(self.dir.glob(EVENT_FILES)))
         exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
         try:
-            record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.device)
+            record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.args, self.device)
             self.dir.mkdir(parents=True, exist_ok=True)
             (self.dir / "result.json").unlink(missing_ok=True)
             for log in self.dir.glob(EVENT_FILES):
@@ -648,7 +650,7 @@ class Run:
                 log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
         except OSError as error:
             exit_unless(False, f"cannot write to {self.dir}: {error}")
-        record |= {"script": SCRIPT, "args": as_saved(self.args)}
+        record |= {"script": self.args.script, "args": as_saved(self.args)}
         if self.args.track:
             record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not the run's name, which other folders may hold too
         exit_unless(save(args_path, json.dumps(record, indent=2)), f"cannot write to {self.dir}")
@@ -744,7 +746,7 @@ class Run:
 
     def save_model(self, contents: dict):
         about = {
-            "script": SCRIPT,
+            "script": self.args.script,
             "env_id": self.args.env_id,
             "obs_shape": self.env.observation_space.shape,
             "global_step": self.global_step,
@@ -757,7 +759,7 @@ class Run:
         if self.global_step == self.args.total_timesteps and not self.written:
             return  # --resume would take the last results as written
         checkpoint = {
-            "script": SCRIPT,
+            "script": self.args.script,
             "format": CHECKPOINT_FORMAT,
             "args": as_saved(self.args),
             "global_step": self.global_step,
@@ -813,12 +815,12 @@ class Run:
         print_line(f"step {self.global_step:,}: {latest}{speed:.0f} steps/s, {left} left")
 
 
-def evaluate_run(args: Args):
+def evaluate_run(args: Args, agent_class: type):
     """--evaluate: the score of a run's model.pt, on the starts of its evaluations, or of another --seed."""
     args, device, env = set_up(args)
-    model = load(Path(args.evaluate, "model.pt"), device, script=SCRIPT, env_id=args.env_id)
-    agent = DDPG(args, env.observation_space, env.action_space, device)
-    agent.load_state_dict({name: state for name, state in model.items() if name in vars(agent)})
+    model = load(Path(args.evaluate, "model.pt"), device, script=args.script, env_id=args.env_id)
+    agent = agent_class(args, env.observation_space, env.action_space, device)
+    agent.load_state_dict({name: state for name, state in model.items() if name in agent.state_dict()})
     envs = make_eval_envs(args, Path(args.evaluate))
     returns, *_ = evaluate(agent, envs, first_eval_seed(args), args.max_eval_steps)
     finish_films(envs)
@@ -850,11 +852,11 @@ def integers(info):
     return spec(1, "INT", lambda words: parse_int(words[0]), lambda n: isinstance(n, int), lambda n: [str(n)])
 
 
-def parse_args() -> Args:
+def parse_args(args_class: type) -> Args:
     """The command line; with --resume and --evaluate, over the run's own flags."""
-    args = tyro.cli(Args, registry=registry)
+    args = tyro.cli(args_class, registry=registry)
     if args.resume or args.evaluate:
-        args = tyro.cli(Args, default=saved_args(args), registry=registry)
+        args = tyro.cli(args_class, default=saved_args(args), registry=registry)
     return args
 
 
@@ -865,15 +867,15 @@ def saved_args(args: Args) -> Args:
     try:
         if args.resume:
             record = json.loads((run_dir / "args.json").read_text())
-            exit_unless(record.get("script", SCRIPT) == SCRIPT, f"{run_dir} holds no run of {SCRIPT}.py")
-            flags = record["args"]
+            exit_unless(record.get("script", args.script) == args.script, f"{run_dir} holds no run of {args.script}.py")
         else:
-            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {SCRIPT}.py with a model.pt")
-            flags = load(run_dir / "model.pt", "cpu", script=SCRIPT)["args"]
+            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {args.script}.py with a model.pt")
+            record = load(run_dir / "model.pt", "cpu", script=args.script)
+        flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
-        return Args(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
+        return type(args)(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
     except (OSError, ValueError, TypeError, KeyError):
-        exit_unless(False, f"{run_dir} holds no run of {SCRIPT}.py")
+        exit_unless(False, f"{run_dir} holds no run of {args.script}.py")
 
 
 def as_saved(args: Args) -> dict:
@@ -891,7 +893,7 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
     """All the flags, checked; the device; and the environment. Sets every seed."""
     if args.resume or args.evaluate:
         saved = saved_args(args)
-        usual = Args()
+        usual = type(args)()
         given = {k: v for k, v in asdict(args).items() if k in args.given or v != getattr(usual, k)}
         args = replace(saved, **given)
         if args.resume:
@@ -1133,15 +1135,15 @@ def statistics(returns: np.ndarray) -> dict:
     return {name: float(value) for name, value in values.items()} | {"episodes": len(returns)}
 
 
-def provenance(device) -> dict:
+def provenance(args: Args, device) -> dict:
     """The code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions = {name: version(name) for name in args.packages}
     versions["python"] = platform.python_version()
     hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"commit": commit, "versions": versions, "hardware": hardware}
+    return {"script": args.script, "commit": commit, "versions": versions, "hardware": hardware}
 
 
 # State
@@ -1331,4 +1333,4 @@ def cuda_graphed(function, warmup=3):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Args))

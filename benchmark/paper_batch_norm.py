@@ -33,6 +33,8 @@ class Args(paper.Args):
     actor_loss_statistics: Literal["batch", "running"] = "batch"
     """the critic in the actor's loss normalises by the batch's statistics, or by its running averages"""
 
+    script = SCRIPT
+
 
 def running_averages(*networks: nn.Module) -> list[torch.Tensor]:
     norms = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.BatchNorm1d)]
@@ -61,5 +63,5 @@ class DDPG(paper.DDPG):
 
 
 if __name__ == "__main__":
-    paper.SCRIPT, paper.Args, paper.DDPG = SCRIPT, Args, DDPG  # which the script's functions look up
-    paper.main(paper.parse_args())
+    paper.DDPG = DDPG  # which main looks up
+    paper.main(paper.parse_args(Args))

@@ -33,6 +33,9 @@ class Args(script.Args):
     exp_name: str = SCRIPT
     """name of the experiment, part of the run's name"""
 
+    packages = *script.Args.packages, "stable_baselines3"
+    script = SCRIPT
+
 
 class Actor(nn.Module):
     """SB3's policy, whose network deals in actions from -1 to 1, with the interface of the script's Actor."""
@@ -102,8 +105,6 @@ def main(args: script.Args):
     script.exit_unless(args.matmul != "onednn", "stable-baselines3 multiplies as torch does by itself: --matmul mkl")
     args, device, env = script.set_up(args)
     args = replace(args, matmul="mkl")  # what "auto" stands for here
-    if args.resume:  # which empties the folder's log
-        script.exit_unless(args.exp_name == SCRIPT, f"{args.resume} holds no run of {SCRIPT}.py")
 
     model = DDPG(
         "MlpPolicy",
@@ -127,5 +128,4 @@ def main(args: script.Args):
 
 
 if __name__ == "__main__":
-    script.SCRIPT, script.Args = SCRIPT, Args  # which the script's functions look up
-    main(script.parse_args())
+    main(script.parse_args(Args))

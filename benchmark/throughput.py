@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ddpg_continuous_action import LOG_INTERVAL, exit_unless, mkl_holds_back, provenance
+from ddpg_continuous_action import Args as ScriptArgs
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 1_000  # random steps before learning, not timed; nor are those up to the log's first row after it
@@ -263,7 +264,7 @@ def report(args: Args, folder: Path):
         older = {entry.script: older_version(entry, args.against, folder) for entry in ours}
         pairs += [(entry, older[entry.script]) for entry in ours]
 
-    about = provenance(torch.device("cpu"))
+    about = provenance(ScriptArgs(), torch.device("cpu"))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"Median of {args.rounds} rounds (range). Commit {about['commit'] or 'unknown'}; {versions};"
     yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"

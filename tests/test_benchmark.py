@@ -564,7 +564,7 @@ def test_peer_resumes_only_its_own_runs(tmp_path, monkeypatch, capsys):
     (ours / "result.json").unlink()  # as if interrupted, before its first checkpoint
     before = {path: path.read_bytes() for path in ours.iterdir()}
     with pytest.raises(SystemExit) as end:
-        sb3_ddpg.main(script.Args(resume=str(ours)))
+        sb3_ddpg.main(sb3_ddpg.Args(resume=str(ours)))
     assert end.value.code == 2 and "holds no run of sb3_ddpg.py" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in ours.iterdir()}
 

@@ -774,7 +774,7 @@ def test_output_to_a_pipe_is_a_few_plain_lines(script, tmp_path):
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout
     assert lines[0] == "Pendulum-v1: observations (3,), actions (1,); results in runs/tiny"
-    assert re.fullmatch("cpu, CPU threads: 1, products by (mkl|onednn)", lines[1])
+    assert re.fullmatch("cpu, CPU threads: 1, matrix products by (MKL|oneDNN)", lines[1])
     for step, line in zip((60, 120), lines[2:4], strict=True):
         assert re.fullmatch(rf"step {step}: evaluation -[\d.]+, \d+ steps/s, \d\d:\d\d left", line)
     complete = r"complete after 120 steps in \d\d:\d\d; final return -[\d.]+, the mean of 2 evaluations"

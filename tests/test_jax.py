@@ -1,0 +1,295 @@
+"""The agent in JAX against the PyTorch script's, and on the same protocol: whole runs, resumption, sweep and report."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT, environment, eval_rows, model, process, tuned
+from test_resume import PENDULUM, before, outcome, send
+from test_resume import run as run_process
+
+jax = pytest.importorskip("jax", reason="JAX is not installed: pip install -r benchmark/requirements-jax.txt")
+sys.path.insert(0, str(ROOT / "benchmark"))
+import jax_ddpg  # noqa: E402
+
+SCRIPT = ROOT / "benchmark/jax_ddpg.py"
+OBS_DIM, LOW, HIGH = 5, np.float32([-1, -0.4, 0]), np.float32([1, 0.4, 2.5])
+SPACES = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,)), gym.spaces.Box(LOW, HIGH)
+NETWORKS = "actor", "qf", "target_actor", "target_qf"
+
+
+def agent(script=jax_ddpg, **flags):
+    return script.DDPG(script.Args(**flags), *SPACES, CPU)
+
+
+def random_rows(n=32) -> np.ndarray:
+    """A batch as the replay buffer holds it, with a fifth of terminal states."""
+    action = np.random.default_rng(n).uniform(LOW, HIGH, (n, len(LOW)))
+    discount = 0.99 * (torch.rand(n, 1) > 0.2)
+    parts = [torch.randn(n, OBS_DIM), torch.tensor(action), torch.randn(n, 1), torch.randn(n, OBS_DIM), discount]
+    return torch.cat(parts, 1).float().numpy()
+
+
+def torch_batch(rows) -> tuned.Batch:
+    parts = torch.tensor(rows).split([OBS_DIM, len(LOW), 1, OBS_DIM, 1], 1)
+    return tuned.Batch(*(part.squeeze(1) if part.shape[1] == 1 else part for part in parts))
+
+
+def parameters(network) -> dict:
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+# The same algorithm
+
+
+@pytest.mark.parametrize("flags", [{}, dict(policy_frequency=2, learning_rate=1e-3, tau=0.1)], ids=str)
+def test_ten_updates_are_the_torch_scripts(flags):
+    """Losses, gradient norms, the parameters of all four networks, and both moments of both optimisers."""
+    mine, torchs = agent(**flags), agent(tuned, **flags, matmul="mkl")
+    mine.load_state_dict({name: parameters(getattr(torchs, name)) for name in NETWORKS})
+    for i in range(10):
+        rows, update_actor = random_rows(), i % mine.args.policy_frequency == 0
+        losses, expected = mine.update(rows, update_actor), torchs.update(torch_batch(rows), update_actor)
+        assert {tag: float(value) for tag, value in losses.items()} == pytest.approx(
+            {tag: value.item() for tag, value in expected.items()}, rel=1e-5, abs=1e-5
+        )
+        diagnostics, expected = mine.diagnostics(rows), torchs.diagnostics(torch_batch(rows))
+        assert diagnostics.keys() == expected.keys()
+        assert float(diagnostics["charts/saturated_actions"]) == expected["charts/saturated_actions"].item()
+
+    state = mine.state_dict()
+    for name in NETWORKS:
+        expected = parameters(getattr(torchs, name))
+        assert state[name].keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(state[name][key], value, rtol=0, atol=1e-5, err_msg=f"{name}.{key}")
+    for name in "actor", "qf":
+        optimizer, names = getattr(torchs, f"{name}_optimizer"), list(parameters(getattr(torchs, name)))
+        (steps, means, squares), *_ = state[f"{name}_optimizer"]
+        assert steps == optimizer.steps[0]
+        for mine_, theirs in (means, optimizer.means), (squares, optimizer.squares):
+            theirs = torch.cat([theirs[names.index(each)].flatten() for each in sorted(names)])
+            np.testing.assert_allclose(mine_, theirs, rtol=0, atol=1e-5)
+
+
+def test_ten_updates_learn_something():
+    """That the comparison above is no comparison of what stays as it is."""
+    mine = agent()
+    first = mine.state_dict()
+    for _ in range(10):
+        mine.update(random_rows())
+    for name in NETWORKS:
+        now = mine.state_dict()[name]
+        assert max((first[name][key] - value).abs().max() for key, value in now.items()) > 5e-5
+
+
+def test_initial_weights_are_distributed_as_torchs():
+    mine, torchs = agent(), agent(tuned)
+    state, other = mine.state_dict(), agent(seed=2).state_dict()
+    for name in "actor", "qf":
+        for key, expected in parameters(getattr(torchs, name)).items():
+            bound = getattr(getattr(torchs, name), key.split(".")[0]).in_features ** -0.5
+            found = state[name][key]
+            assert found.shape == expected.shape and found.dtype == expected.dtype
+            assert found.abs().max() <= bound and not torch.equal(found, other[name][key])
+            if found.numel() > 200:
+                assert found.abs().max() > 0.95 * bound
+                assert found.std() == pytest.approx(bound / 3**0.5, rel=0.15) and found.mean().abs() < 0.15 * bound
+        assert all(torch.equal(state[f"target_{name}"][key], value) for key, value in state[name].items())
+
+
+def test_shapes_and_unequal_bounds():
+    mine, rng = agent(exploration_noise=1.0), np.random.default_rng(0)
+    actions = np.array([mine.act(obs) for obs in rng.normal(0, 10, (300, OBS_DIM))])
+    assert actions.shape == (300, 3) and actions.dtype == np.float32
+    assert (actions >= LOW).all() and (actions <= HIGH).all()
+    assert (actions.min(0) == LOW).all() and (actions.max(0) == HIGH).all()  # noise this large is clipped at both
+    obs = torch.randn(7, OBS_DIM)
+    action = mine.actor.clip(mine.actor(obs))  # as evaluate() calls it
+    assert action.shape == (7, 3) and mine.qf(obs, action).shape == (7,)
+    assert (action >= torch.tensor(LOW)).all() and (action <= torch.tensor(HIGH)).all()
+
+
+def test_exploration_noise_is_normal_and_its_size_is_in_halves_of_the_range():
+    mine, obs = agent(exploration_noise=0.01), np.zeros(OBS_DIM)
+    greedy = mine.actor(torch.zeros(1, OBS_DIM)).numpy()[0]
+    noise = np.array([mine.act(obs) - greedy for _ in range(3000)]) / ((HIGH - LOW) / 2)
+    assert noise.std(0) == pytest.approx([0.01] * 3, rel=0.1) and np.abs(noise.mean(0)).max() < 1e-3
+    assert np.abs(np.corrcoef(noise[:-1].T, noise[1:].T)).max(where=~np.eye(6, dtype=bool), initial=0) < 0.1
+
+
+def test_the_replay_buffer_holds_the_last_rows_and_samples_all_of_them():
+    np.random.seed(0)
+    buffer = jax_ddpg.ReplayBuffer(4, 2, 1, CPU)
+    for i in range(6):
+        buffer.add(np.array([i, i]), np.array([-i]), 10.0 * i, np.array([i + 1, i + 1]), 0.99)
+    rows = buffer.sample(200)
+    assert rows.shape == (200, 7) and rows.dtype == np.float32
+    np.testing.assert_allclose(
+        np.unique(rows, axis=0), [[i, i, -i, 10 * i, i + 1, i + 1, np.float32(0.99)] for i in (2, 3, 4, 5)]
+    )
+
+
+# Runs
+
+
+def test_learns_pendulum_from_two_seeds(tmp_path):
+    """Swinging up and standing costs 150 an episode, hanging about 1,200."""
+    flags = "--env-id Pendulum-v1 --total-timesteps 15e3 --learning-starts 1000 --batch-size 64 --buffer-size 20e3"
+    flags += " --eval-interval 1000 --checkpoint-interval 0 --num-threads 1"
+    runs, means = {}, {}
+    for seed in 1, 2:
+        line = [sys.executable, SCRIPT, *flags.split(), "--seed", str(seed), "--run-name", f"seed{seed}"]
+        runs[seed] = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+    while any(run.poll() is None for run in runs.values()):
+        time.sleep(0.2)
+        for seed, run in runs.items():
+            if (tmp_path / f"runs/seed{seed}/eval.csv").exists():
+                means[seed] = [row["mean"] for row in eval_rows(tmp_path / f"runs/seed{seed}")]
+            if max(means.get(seed, []), default=-math.inf) > -200:
+                run.terminate()  # it has learnt: leave the cores to the others
+    assert len(means) == 2 and all(max(each) > -200 for each in means.values()), means
+    assert all(each[0] < -500 for each in means.values()), means  # that was no accident of the environment
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "broken").mkdir()
+    assert run_process(tmp_path / "whole", SCRIPT, PENDULUM).code == 0
+    cwd = tmp_path / "broken"
+    assert run_process(cwd, SCRIPT, PENDULUM, before("os.replace", 9, send(signal.SIGKILL))).code == -signal.SIGKILL
+    checkpoint = torch.load(cwd / "runs/x/checkpoint.pt", weights_only=True)
+    assert checkpoint["script"] == "jax_ddpg" and checkpoint["global_step"] == 400
+    held = before("os.replace", 4, "print('held:', 'checkpoint.pt' in open('/proc/self/maps').read())")
+    ended = run_process(cwd, SCRIPT, "--resume runs/x", held)
+    assert ended.code == 0 and "held: False" in ended.output, ended.output
+    assert outcome(cwd / "runs/x") == outcome(tmp_path / "whole/runs/x")
+
+
+def test_records_itself_and_no_other_script_takes_its_run(run, capsys):
+    run_dir = run(jax_ddpg, keep_checkpoint=True, checkpoint_interval=50)
+    record = json.loads((run_dir / "args.json").read_text())
+    assert record["script"] == model(run_dir)["script"] == "jax_ddpg" and "jax" in record["versions"]
+    assert tuned.Args().script == "ddpg_continuous_action"
+    capsys.readouterr()
+    jax_ddpg.main(jax_ddpg.Args(evaluate=str(run_dir)))
+    assert f" {eval_rows(run_dir)[-1]['mean']:.2f} ± " in capsys.readouterr().out
+
+    torchs = run(tuned, run_name="torch", keep_checkpoint=True, checkpoint_interval=50)
+    for script, other in (tuned, run_dir), (jax_ddpg, torchs):
+        for flags in dict(resume=str(other), total_timesteps=200), dict(evaluate=str(other)):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as end:
+                script.main(script.Args(**flags))
+            error = capsys.readouterr().err
+            assert end.value.code == 2 and error.count("\n") == 1 and script.Args.script in error
+
+
+def test_torchs_networks_load_its_model(run):
+    contents = model(run(jax_ddpg))
+    torchs = tuned.DDPG(tuned.Args(), *(gym.spaces.Box(-1, 1, (n,)) for n in (2, 1)), CPU)
+    mine = jax_ddpg.DDPG(jax_ddpg.Args(seed=5), *(gym.spaces.Box(-1, 1, (n,)) for n in (2, 1)), CPU)
+    mine.load_state_dict({name: contents[name] for name in ("actor", "qf")})
+    obs, action = torch.randn(9, 2), torch.rand(9, 1)
+    for name, inputs in ("actor", [obs]), ("qf", [obs, action]):
+        network = getattr(torchs, name)
+        missing = network.load_state_dict(contents[name], strict=False)
+        assert not missing.unexpected_keys and set(missing.missing_keys) == dict(network.named_buffers()).keys()
+        np.testing.assert_allclose(getattr(mine, name)(*inputs), network(*inputs).detach(), atol=1e-6)
+
+
+def test_sweep_and_report(tmp_path):
+    flags = "--learning-starts 100 --batch-size 16 --eval-interval 100 --eval-episodes 2 --final-eval-episodes 2"
+    env = os.environ | dict(SCRIPT="benchmark/jax_ddpg.py", ENVS="Pendulum-v1", SEEDS="1", STEPS="300")
+    command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *flags.split()]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=300)
+    assert len(eval_rows(tmp_path / "runs/jax_ddpg/Pendulum-v1__jax_ddpg__1")) == 3
+    report = process([sys.executable, str(ROOT / "benchmark/report.py"), "runs"], tmp_path)
+    assert report.returncode == 0 and re.search(r"\| Pendulum-v1 \| 300 \| 1 \|", report.stdout), report
+
+
+# One thread, flags, what it is made of
+
+
+THREADS = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT / "benchmark")!r}, {str(ROOT / "tests")!r}]
+import jax_ddpg, numpy as np, test_jax
+
+def seconds():
+    ticks = {{}}
+    for thread in os.listdir("/proc/self/task"):
+        fields = open(f"/proc/self/task/{{thread}}/stat").read().rsplit(")", 1)[1].split()
+        ticks[int(thread)] = int(fields[11]) + int(fields[12])
+    return ticks.pop(os.getpid()), sum(ticks.values())
+
+jax_ddpg.use_threads(1)
+agent, rows = test_jax.agent(), test_jax.random_rows(256)
+def learn(times):
+    for i in range(times):
+        agent.act(np.zeros(test_jax.OBS_DIM))
+        agent.update(rows, i % 3 > 0)
+learn(10)
+before = seconds()
+learn(150)
+print(*np.subtract(seconds(), before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the time of each thread is read from /proc")
+def test_one_thread_is_one_thread(tmp_path):
+    """XLA has pools of its own, and more than one way to use them."""
+    done = process([sys.executable, "-c", THREADS], tmp_path)
+    assert done.returncode == 0, done.stderr
+    main, others = map(int, done.stdout.split())
+    assert main > 30 and others < 0.02 * main
+
+
+@pytest.mark.parametrize(
+    "flags",
+    "--noise ou|--noise parameter|--layer-norm both|--n-step 3|--target-noise 0.2|--target-noise-clip 1|--ou-theta 1|"
+    "--ou-dt 0.01|--noise-anneal-steps 10|--exploration-noise-final 1|--compile|--cudagraphs|--matmul mkl|--cuda|"
+    "--no-torch-deterministic".split("|"),
+)
+def test_flags_that_are_not_for_it_are_refused(flags, cli, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        cli(jax_ddpg, *flags.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert error.startswith(f"error: {flags.split()[0].replace('--no-torch', '--torch')} is not for jax_ddpg.py")
+
+
+def test_the_other_flags_reach_the_buffer(run, made):
+    buffers, sizes = made(jax_ddpg, "ReplayBuffer"), set()
+    original = jax_ddpg.ReplayBuffer.sample
+    jax_ddpg.ReplayBuffer.sample = lambda buffer, size: sizes.add(size) or original(buffer, size)  # of the spy
+    run(jax_ddpg, gamma=0.9, batch_size=8, buffer_size=50)
+    (buffer,) = buffers
+    assert sizes == {8} and buffer.array.shape == (50, 2 + 1 + 1 + 2 + 1)
+    assert (buffer.array[:, -1] == np.float32(0.9)).all()
+
+
+def test_without_jax_one_line_says_how_to_install_it(tmp_path):
+    code = f"import runpy, sys; sys.modules['jax'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = process([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "pip install -r benchmark/requirements-jax.txt" in done.stderr
+
+
+def test_inline_metadata_is_in_step():
+    def dependencies(path):
+        block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())[1]
+        return tomllib.loads(re.sub(r"(?m)^# ?", "", block))["dependencies"]
+
+    pins = (ROOT / "benchmark/requirements-jax.txt").read_text().split("\n")
+    pins = [line for line in pins if line and not line.startswith("#")]
+    assert dependencies(SCRIPT) == dependencies(ROOT / "ddpg_continuous_action.py") + pins
