@@ -489,7 +489,7 @@ BOTH = {
     "--env-id stubs:DictAction-v0": "continuous action",
     "--env-id stubs:UnboundedAction-v0": "bounded actions",
     "--env-id stubs:HalfBoundedAction-v0": "bounded actions",
-    "--env-id stubs:HugeAction-v0": "float32's largest number",
+    "--env-id stubs:HugeAction-v0": "float32's maximum",
     "--env-id stubs:MatrixAction-v0": "flat",
     "--env-id stubs:DiscreteObs-v0": "must be a Box",
     "--env-id stubs:DictObs-v0": "must be a Box",
