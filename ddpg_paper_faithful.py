@@ -601,9 +601,8 @@ class Run:
         record = self.open_folder(checkpoint)
         shapes = f"observations {env.observation_space.shape}, actions {env.action_space.shape}"
         print_line(f"{args.env_id}: {shapes}; results in {self.dir}")
-        products = (
-            f", matrix products by {dict(mkl='MKL', onednn='oneDNN')[args.matmul]}" if device.type == "cpu" else ""
-        )
+        library = {"mkl": "MKL", "onednn": "oneDNN"}.get(args.matmul, args.matmul)
+        products = f", matrix products by {library}" if device.type == "cpu" else ""
         print_line(f"{device}, CPU threads: {torch.get_num_threads()}{products}")
         if device.type == "cuda" or not resets_exactly(env):
             print_line("note: resuming will not be exact here (on a GPU, or where reset does not set the whole state)")

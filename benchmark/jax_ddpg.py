@@ -36,10 +36,8 @@ except ImportError as error:
     exit_unless(False, f"{error}: pip install -r benchmark/requirements-jax.txt")
 
 SCRIPT = Path(__file__).stem
-NOT_FOR_JAX = (
-    "torch_deterministic cuda cudagraphs compile matmul noise ou_theta ou_dt noise_anneal_steps layer_norm n_step "
-)
-NOT_FOR_JAX += "exploration_noise_final target_noise target_noise_clip"  # flags of the PyTorch script
+NOT_FOR_JAX = "torch_deterministic cuda cudagraphs compile matmul noise ou_theta ou_dt noise_anneal_steps "
+NOT_FOR_JAX += "exploration_noise_final layer_norm n_step target_noise target_noise_clip"
 
 
 @dataclass
@@ -47,9 +45,9 @@ class Args(tuned.Args):
     exp_name: str = SCRIPT
     """name of the experiment, part of the run's name"""
     cuda: bool = False
-    """not here: JAX on the CPU"""
-    matmul: str = "xla"
-    """not here: XLA multiplies matrices"""
+    """not for JAX, which runs on the CPU here"""
+    matmul: str = "XLA"
+    """not for JAX: XLA multiplies matrices"""
 
     script = SCRIPT
     packages = *tuned.Args.packages, "jax", "jaxlib", "optax"
@@ -230,7 +228,7 @@ class DDPG:
         return {name: state for name, state in self.state_dict().items() if name in ("actor", "qf")}
 
     def state_dict(self):
-        return state_of(jax.tree.map(np.asarray, self.state._asdict()))
+        return state_of(jax.tree.map(lambda leaf: torch.from_numpy(np.array(leaf)), self.state._asdict()))
 
     def load_state_dict(self, state):
         for name, saved in state.items():
