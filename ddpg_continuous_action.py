@@ -549,8 +549,8 @@ NOT_NEGATIVE = (
     *("exploration_noise", "exploration_noise_final", "noise_anneal_steps", "target_noise", "target_noise_clip"),
     *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt", "batch_norm_momentum"),
 )
-# What a run records of its script: no flags, and a script that imports this one has its own
-Args.script, Args.packages = SCRIPT, ("torch", "gymnasium", "mujoco", "numpy")
+# What a run records of its script: in capitals, as no flag is; a script that imports this one has its own
+Args.SCRIPT, Args.PACKAGES = SCRIPT, ("torch", "gymnasium", "mujoco", "numpy")
 stop_signals: list[int] = []  # SIGINT or SIGTERM, once it has come
 
 
@@ -607,7 +607,7 @@ class Run:
         path = self.dir / "checkpoint.pt"
         if not self.args.resume or not path.exists():
             return None
-        checkpoint = load(path, "cpu", script=self.args.script, format=CHECKPOINT_FORMAT)
+        checkpoint = load(path, "cpu", script=self.args.SCRIPT, format=CHECKPOINT_FORMAT)
         for name, value in differing(checkpoint["args"], self.args).items():
             exit_unless(False, f"{path} belongs to another run: its {name} is {value}")
         return checkpoint
@@ -626,7 +626,7 @@ class Run:
                 log.unlink() if size is None else os.truncate(log, min(size, log.stat().st_size))
         except OSError as error:
             exit_unless(False, f"cannot write to {self.dir}: {error}")
-        record |= {"script": self.args.script, "args": as_saved(self.args)}
+        record["args"] = as_saved(self.args)
         if self.args.track:
             record.setdefault("wandb_id", uuid.uuid4().hex[:8])  # not the run's name, which other folders may hold too
         exit_unless(save(args_path, json.dumps(record, indent=2)), f"cannot write to {self.dir}")
@@ -722,7 +722,7 @@ class Run:
 
     def save_model(self, contents: dict):
         about = {
-            "script": self.args.script,
+            "script": self.args.SCRIPT,
             "env_id": self.args.env_id,
             "obs_shape": self.env.observation_space.shape,
             "global_step": self.global_step,
@@ -735,7 +735,7 @@ class Run:
         if self.global_step == self.args.total_timesteps and not self.written:
             return  # --resume would take the last results as written
         checkpoint = {
-            "script": self.args.script,
+            "script": self.args.SCRIPT,
             "format": CHECKPOINT_FORMAT,
             "args": as_saved(self.args),
             "global_step": self.global_step,
@@ -794,7 +794,7 @@ class Run:
 def evaluate_run(args: Args, agent_class: type):
     """--evaluate: the score of a run's model.pt, on the starts of its evaluations, or of another --seed."""
     args, device, env = set_up(args)
-    model = load(Path(args.evaluate, "model.pt"), device, script=args.script, env_id=args.env_id)
+    model = load(Path(args.evaluate, "model.pt"), device, script=args.SCRIPT, env_id=args.env_id)
     agent = agent_class(args, env.observation_space, env.action_space, device)
     agent.load_state_dict({name: state for name, state in model.items() if name in agent.state_dict()})
     envs = make_eval_envs(args, Path(args.evaluate))
@@ -843,15 +843,15 @@ def saved_args(args: Args) -> Args:
     try:
         if args.resume:
             record = json.loads((run_dir / "args.json").read_text())
-            exit_unless(record.get("script", args.script) == args.script, f"{run_dir} holds no run of {args.script}.py")
+            exit_unless(record.get("script", args.SCRIPT) == args.SCRIPT, f"{run_dir} holds no run of {args.SCRIPT}.py")
         else:
-            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {args.script}.py with a model.pt")
-            record = load(run_dir / "model.pt", "cpu", script=args.script)
+            exit_unless((run_dir / "model.pt").exists(), f"{run_dir} holds no run of {args.SCRIPT}.py with a model.pt")
+            record = load(run_dir / "model.pt", "cpu", script=args.SCRIPT)
         flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
         return type(args)(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
     except (OSError, ValueError, TypeError, KeyError):
-        exit_unless(False, f"{run_dir} holds no run of {args.script}.py")
+        exit_unless(False, f"{run_dir} holds no run of {args.SCRIPT}.py")
 
 
 def as_saved(args: Args) -> dict:
@@ -1115,11 +1115,11 @@ def provenance(args: Args, device) -> dict:
     """The code, the versions and the machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    versions = {name: version(name) for name in args.packages}
+    versions = {name: version(name) for name in args.PACKAGES}
     versions["python"] = platform.python_version()
     hardware = {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"script": args.script, "commit": commit, "versions": versions, "hardware": hardware}
+    return {"script": args.SCRIPT, "commit": commit, "versions": versions, "hardware": hardware}
 
 
 # State

@@ -49,8 +49,8 @@ class Args(tuned.Args):
     matmul: str = "XLA"
     """not for JAX: XLA multiplies matrices"""
 
-    script = SCRIPT
-    packages = *tuned.Args.packages, "jax", "jaxlib", "optax"
+    SCRIPT = SCRIPT
+    PACKAGES = *tuned.Args.PACKAGES, "jax", "jaxlib", "optax"
 
 
 def init(key, sizes: dict) -> dict:

@@ -33,7 +33,7 @@ class Args(paper.Args):
     actor_loss_statistics: Literal["batch", "running"] = "batch"
     """the critic in the actor's loss normalises by the batch's statistics, or by its running averages"""
 
-    script = SCRIPT
+    SCRIPT = SCRIPT
 
 
 def running_averages(*networks: nn.Module) -> list[torch.Tensor]:

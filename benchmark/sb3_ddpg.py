@@ -33,8 +33,8 @@ class Args(script.Args):
     exp_name: str = SCRIPT
     """name of the experiment, part of the run's name"""
 
-    packages = *script.Args.packages, "stable_baselines3"
-    script = SCRIPT
+    PACKAGES = *script.Args.PACKAGES, "stable_baselines3"
+    SCRIPT = SCRIPT
 
 
 class Actor(nn.Module):

@@ -191,7 +191,7 @@ def test_records_itself_and_no_other_script_takes_its_run(run, capsys):
             with pytest.raises(SystemExit) as end:
                 script.main(script.Args(**flags))
             error = capsys.readouterr().err
-            assert end.value.code == 2 and error.count("\n") == 1 and script.Args.script in error
+            assert end.value.code == 2 and error.count("\n") == 1 and script.Args.SCRIPT in error
 
 
 def test_torchs_networks_load_its_model(run):
