@@ -179,7 +179,7 @@ def test_records_itself_and_no_other_script_takes_its_run(run, capsys):
     run_dir = run(jax_ddpg, keep_checkpoint=True, checkpoint_interval=50)
     record = json.loads((run_dir / "args.json").read_text())
     assert record["script"] == model(run_dir)["script"] == "jax_ddpg" and "jax" in record["versions"]
-    assert tuned.Args().script == "ddpg_continuous_action"
+    assert tuned.Args().SCRIPT == "ddpg_continuous_action"
     capsys.readouterr()
     jax_ddpg.main(jax_ddpg.Args(evaluate=str(run_dir)))
     assert f" {eval_rows(run_dir)[-1]['mean']:.2f} ± " in capsys.readouterr().out
