@@ -783,3 +783,13 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
     with pytest.raises(SystemExit) as end:
         main(args)
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_shipped_model_reproduces_its_published_evaluation(tmp_path):
+    """The last row of its run's eval.csv; to the cent on a CPU like the one it was trained on, else near it."""
+    run_dir = ROOT / "benchmark/results/ddpg_continuous_action/HalfCheetah-v5__ddpg_continuous_action__1"
+    mean, std = map(float, (run_dir / "eval.csv").read_text().splitlines()[-1].split(",")[1:3])
+    line = [sys.executable, ROOT / "ddpg_continuous_action.py", "--evaluate", ROOT / "benchmark/models/HalfCheetah-v5"]
+    shown = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = re.fullmatch(r"HalfCheetah-v5 after 300,000 steps: (.+) ± .+ over 10 episodes\n", shown)
+    assert abs(float(found[1]) - mean) < std  # rounding grows to other trajectories, but not to another policy
