@@ -397,7 +397,7 @@ class DDPG:
         """One update of Algorithm 1: the critic, then, unless update_actor is off, the actor and both targets.
 
         Here the networks normalise by the batch's own statistics; everywhere else, by their running averages.
-        Returns what is logged, still on the device: nothing here waits for it.
+        Returns what is logged, still on the device: nothing here waits for it. Gradients are logged as their norm.
         """
         networks = [part for part in vars(self).values() if isinstance(part, nn.Module)]
         for network in networks:
@@ -726,8 +726,9 @@ class Run:
         return Due(losses, evaluation, args.save_model and (evaluation or last_step), checkpoint)
 
     def log_losses(self, losses: dict):
-        """Scalars by tag; one that is not finite ends the run."""
-        scalars = {tag: float(value) for tag, value in losses.items()}
+        """Scalars by tag, and gradients, of which it logs the norm; one that is not finite ends the run."""
+        norms = {tag: nn.utils.get_total_norm(value) for tag, value in losses.items() if isinstance(value, tuple)}
+        scalars = {tag: float(value) for tag, value in (losses | norms).items()}
         if not np.isfinite(list(scalars.values())).all():
             advice = "lower the learning rate, or look for huge rewards and observations"
             sys.exit(f"error: a loss is not finite at step {self.global_step}: {scalars}; {advice}")
@@ -1257,16 +1258,15 @@ class Adam:
 
     @torch.no_grad()
     def descend(self, loss):
-        """A step down the loss, by its gradients of these parameters alone. Returns the gradients' norm."""
+        """A step down the loss, by its gradients of these parameters alone, which it returns."""
         gradients = torch.autograd.grad(loss, self.parameters)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.weight_decay:
-            weights = [i for i, parameter in enumerate(self.parameters) if parameter.ndim > 1]
-            decay = [self.parameters[i] for i in weights]
-            torch._foreach_add_([gradients[i] for i in weights], decay, alpha=self.weight_decay)
+        down = list(gradients)
+        for i, parameter in enumerate(self.parameters):
+            if self.weight_decay and parameter.ndim > 1:
+                down[i] = gradients[i].add(parameter, alpha=self.weight_decay)
         torch._foreach_add_(self.steps, 1)
-        torch._fused_adam_(self.parameters, gradients, self.means, self.squares, [], self.steps, **self.settings)
-        return norm
+        torch._fused_adam_(self.parameters, down, self.means, self.squares, [], self.steps, **self.settings)
+        return gradients
 
 
 def mkl_holds_back() -> bool:
