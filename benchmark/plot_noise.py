@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import tyro
 
@@ -20,6 +21,7 @@ from ddpg_continuous_action import GaussianNoise, OrnsteinUhlenbeckNoise
 
 PROCESSES = 2_000  # simulated side by side
 STEPS = 1_000  # shown
+LAGS = np.unique([0, *np.geomspace(1, STEPS, 60).astype(int)])  # steps, of the autocorrelation
 SETTLED = 4_000  # steps after which the slowest process, which forgets in 667, is stationary
 
 
@@ -44,11 +46,10 @@ def main(args: Args):
         late = x[SETTLED:]
         paths.plot(x[:200, 0], color=color, linewidth=1.2, label=label)
         reach.plot(range(1, STEPS + 1), x[:STEPS].std(1), color=color)
-        products = [(late[:STEPS] * late[lag : lag + STEPS]).mean() for lag in range(STEPS)]
-        memory.plot(torch.stack(products) / products[0], color=color)
-    for dt in 1.0, 0.01:
-        theory = [(1 - 0.15 * dt) ** lag for lag in range(STEPS)]
-        memory.plot(theory, color="black", linewidth=0.8, linestyle=":", label="theory" if dt == 1 else None)
+        products = [(late[:STEPS] * late[lag : lag + STEPS]).mean() for lag in LAGS]
+        memory.plot(LAGS, torch.stack(products) / products[0], color=color)
+    for dt, label in (1.0, "theory"), (0.01, None):
+        memory.plot(LAGS, (1 - 0.15 * dt) ** LAGS, color="black", linewidth=0.8, linestyle=":", label=label)
     paths.set(title="one episode", xlabel="step of the episode", ylabel="noise")
     reach.set(title="spread over episodes", xlabel="step of the episode", ylabel="standard deviation", xscale="log")
     memory.set(title="autocorrelation, settled", xlabel="lag, steps", ylabel="autocorrelation")
