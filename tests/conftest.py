@@ -139,7 +139,9 @@ def scalars(run_dir: Path) -> dict:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    events = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    # A process that resumes within a second may name its second log's file so that it comes before the first
+    return {tag: sorted(values, key=lambda event: event[0]) for tag, values in events.items()}
 
 
 def model(run_dir: Path) -> dict:
