@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from test_resume import PAPER, SMALL, TUNED, Run, outcome, run
+from test_resume import PAPER, SMALL, TUNED, Run, outcome
 
 KILLS = 20
 RUNS = {
@@ -25,7 +25,7 @@ RUNS = {
 def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
     start, reference = time.time(), cwd / "uninterrupted"
     reference.mkdir()
-    assert run(reference, script, flags).code == 0
+    assert Run(reference, script, flags).wait(3600).code == 0
     duration, run_dir, kills, writing, runs, steps = time.time() - start, cwd / "runs/x", 0, 0, 0, []
     while kills < KILLS:  # and again, until there were enough of them
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -34,7 +34,7 @@ def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
             if kills < KILLS:
                 time.sleep(rng.uniform(0.02, 0.3) * duration)
                 os.kill(process.pid, signal.SIGKILL)
-            ended = process.wait(600)
+            ended = process.wait(3600)
             assert ended.code in (0, -signal.SIGKILL), ended.output
             kills += ended.code == -signal.SIGKILL
             writing += len(list(run_dir.glob("*.tmp")))

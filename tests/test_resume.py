@@ -84,7 +84,7 @@ class Run:
         argv = [str(script), *flags.split()]
         self.pid = int(ask_nursery(cwd=str(cwd), argv=argv, output=str(self.output), hook=hook)[0])
 
-    def wait(self, timeout=120) -> Ended:
+    def wait(self, timeout=600) -> Ended:
         (code,) = ask_nursery(pid=self.pid, timeout=timeout)
         return Ended(int(code), self.output.read_text() if self.output.is_file() else "")
 
