@@ -563,6 +563,7 @@ LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them
 CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
 STATELESS_WRAPPERS = "CopiedArrays", "PixelObservation", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"
+STATELESS_WRAPPERS += "RescaleObservation", "RescaleAction", "ClipAction"
 POSITIVE = (
     *("total_timesteps", "buffer_size", "batch_size", "policy_frequency", "eval_episodes", "max_eval_steps"),
     *("learning_rate", "actor_lr", "critic_lr", "n_step"),
