@@ -17,34 +17,36 @@ equal ones are named on stderr and left out.
 """
 
 import filecmp
-import importlib
 import json
 import math
 import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-matplotlib.use("Agg")
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7})
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ddpg_continuous_action
+import ddpg_paper_faithful
+from ddpg_continuous_action import exit_unless
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+plt.switch_backend("Agg")
+
 FINAL_EVALUATIONS = 10  # a final return is the mean of the last ten, as in most of the published tables
 TRAINING_EPISODES = 100
 Q_COLUMNS = ["q_estimate", "discounted_return"]
-EXPORTED = "args.json", "eval.csv", "result.json", "q_estimates.csv", "training_return.csv"
-BASELINES, PUBLISHED = (pd.read_csv(HERE / name) for name in ("baselines.csv", "published_returns.csv"))
+ROW = ["environment", "variant", "steps"]  # what the runs in one row of a table share
+BASELINES = pd.read_csv(Path(__file__).with_name("baselines.csv"))
+PUBLISHED = pd.read_csv(Path(__file__).with_name("published_returns.csv"))
 # The best published under our own protocol: noise-free evaluations at the end of training, not their maximum
 COMPARABLE = PUBLISHED["statistic"].str.contains("noise-free") & ~PUBLISHED["statistic"].str.contains("maximum")
 BEST = PUBLISHED[COMPARABLE].sort_values("mean").drop_duplicates("env", keep="last").set_index("env")
@@ -73,7 +75,7 @@ class Args:
     """show only these environments, in this order"""
     up_to: float = math.inf
     """leave out evaluations after this step, to compare runs of different lengths"""
-    solved_above: float | None = None
+    solved_above: float = math.inf
     """count the seeds that solve the task: those with an evaluation above this return"""
     published: bool = True
     """draw the best published return of the same protocol as a line among the learning curves"""
@@ -81,52 +83,12 @@ class Args:
     """show the training return, with exploration noise, over the last 100 episodes"""
 
 
-@dataclass
-class Run:
-    path: Path
-    env_id: str
-    seed: int
-    args: dict  # all flags, with today's defaults for those that are newer than the run
-    versions: dict
-    hardware: dict
-    result: dict | None = None  # of a complete run only, like all that follows
-    evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)  # eval.csv, by step
-    q_estimates: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=Q_COLUMNS, dtype=float))  # by step
-    training_return: float = math.nan
-    label: str = ""
-
-    @property
-    def row(self) -> tuple[str, str, int]:
-        """What the runs in one row of a table share."""
-        return self.env_id, self.label, int(self.evaluations.index[-1])
-
-
-def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 # Reading runs
-
-
-def script_of(flags: dict) -> str:
-    """The script whose flags these are; the peer has the tuned script's."""
-    return "ddpg_paper_faithful" if "critic_lr" in flags else "ddpg_continuous_action"
-
-
-def as_today(flags: dict) -> dict:
-    if isinstance(flags.get("batch_norm"), bool):  # what --batch-norm and --no-batch-norm set in older runs
-        return flags | {"batch_norm": "both" if flags["batch_norm"] else "none"}
-    return flags
-
-
-def default_flags(script: str) -> dict:
-    return as_today(vars(importlib.import_module(script).Args()))
 
 
 def read_steps(path: Path) -> pd.DataFrame:
     """A CSV file of numbers, by their global_step."""
-    frame = pd.read_csv(path).astype(float).set_index("global_step")
+    frame = pd.read_csv(path, index_col="global_step").astype(float)
     if frame.empty or not np.isfinite(frame.to_numpy()).all():
         raise ValueError(f"{path.name} has no rows, or a broken one")
     return frame
@@ -138,88 +100,117 @@ def read_log(path: Path) -> tuple[pd.DataFrame, float]:
 
     def scalars(tag):
         events = log.Scalars(tag) if tag in log.Tags()["scalars"] else []
-        return pd.Series({event.step: event.value for event in events}, dtype=float)
+        return pd.Series({event.step: event.value for event in events}, dtype=float).sort_index()
 
-    q_estimates = pd.DataFrame({column: scalars(f"eval/{column}") for column in Q_COLUMNS}).dropna()
     last = scalars("charts/episodic_return").tail(TRAINING_EPISODES)
-    return q_estimates, last.mean() if len(last) == TRAINING_EPISODES else math.nan
+    training_return = last.mean() if len(last) == TRAINING_EPISODES else math.nan
+    return pd.DataFrame({name: scalars(f"eval/{name}") for name in Q_COLUMNS}), training_return
 
 
-def read_run(path: Path, up_to: float) -> Run:
-    record = json.loads((path / "args.json").read_text())
-    flags = default_flags(script_of(record["args"])) | as_today(record["args"])
-    run = Run(path, flags["env_id"], record["args"]["seed"], flags, record["versions"], record["hardware"])
-    if not (path / "result.json").exists():
-        return run
-    result = json.loads((path / "result.json").read_text())
-    run.result = {name: result[name] for name in ("global_step", "seconds", "steps_per_second")}
-    run.result["final_evaluation"] = (result.get("final_eval") or {"mean": math.nan})["mean"]
-    run.evaluations = read_steps(path / "eval.csv")
-    if (path / "q_estimates.csv").exists():
-        run.q_estimates = read_steps(path / "q_estimates.csv")
+def read_run(path: Path, args: Args) -> dict:
+    """The run's row of results.csv, its evaluations by step, and its flags."""
+    record, result = (json.loads((path / name).read_text()) for name in ("args.json", "result.json"))
+    # The flags of the peers, stable-baselines3's DDPG and the agent in JAX, are those of the tuned script
+    script = ddpg_paper_faithful if "critic_lr" in record["args"] else ddpg_continuous_action
+    defaults = asdict(script.Args())
+    flags = defaults | record["args"]  # older runs lack some
+    if isinstance(flags.get("batch_norm"), bool):  # what --batch-norm and --no-batch-norm set before 1.0.0
+        flags["batch_norm"] = "both" if flags["batch_norm"] else "none"
+    if (path / "q_estimates.csv").exists():  # of an exported run, which has no log
+        q_estimates, training_return = read_steps(path / "q_estimates.csv"), math.nan
         if (path / "training_return.csv").exists():
-            run.training_return = float(pd.read_csv(path / "training_return.csv")["mean"].iloc[0])
+            training_return = pd.read_csv(path / "training_return.csv")["mean"].iloc[0]
     else:
-        run.q_estimates, run.training_return = read_log(path)
-    run.evaluations, run.q_estimates = (frame[frame.index <= up_to] for frame in (run.evaluations, run.q_estimates))
-    if run.evaluations.empty:
-        raise ValueError(f"no evaluations up to step {up_to:,.0f}")
-    return run
+        q_estimates, training_return = read_log(path)
+    evaluations = read_steps(path / "eval.csv").join(q_estimates)
+    evaluations = evaluations[evaluations.index <= args.up_to]
+    if evaluations.empty:
+        raise ValueError(f"no evaluations up to step {args.up_to:,.0f}")
+    returns, steps = evaluations["mean"], int(evaluations.index[-1])
+    q_error = (evaluations["q_estimate"] - evaluations["discounted_return"]).dropna()
+    if steps != result["global_step"]:  # what was measured at the end, or over the whole run, says nothing of a part
+        result, training_return = {}, math.nan
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("gymnasium", "mujoco", "python", "torch"))
+    device = record["hardware"]["gpu"] or f"CPU, {record['hardware']['threads']} thread(s) per run"
+    return {
+        "environment": flags["env_id"],
+        "variant": "default",  # until the other runs are known
+        "steps": steps,
+        "seed": flags["seed"],
+        "final_return": returns.tail(FINAL_EVALUATIONS).mean(),
+        "final_evaluation": (result.get("final_eval") or {}).get("mean", math.nan),
+        "q_minus_discounted_return": q_error.tail(FINAL_EVALUATIONS).mean(),
+        "first_solved_at": returns.index[returns > args.solved_above].min(),  # NaN: never
+        "training_return": training_return,
+        **levels(flags, script.SCRIPT, returns),
+        "steps_per_second": result.get("steps_per_second", math.nan),
+        "hours": result.get("seconds", math.nan) / 3600,
+        "measured_with": f"{versions}; {device}",
+        "path": path,
+        "evaluations": evaluations,
+        "flags": flags,
+        "defaults": defaults,
+    }
 
 
-def read_runs(args: Args) -> tuple[list[Run], list[Run], list[str]]:
-    """The complete runs, in the order in which they are shown, and the incomplete ones, both labelled; and a line for
-    each thing that is wrong."""
-    found, problems = [], []
+def levels(flags: dict, script: str, returns: pd.Series) -> dict[str, float]:
+    """Returns to compare with, in the same environment; NaN where there is none."""
+    means = BASELINES[BASELINES["env_id"] == flags["env_id"]].set_index("policy")["mean"]
+    untrained, random = means.get(f"untrained {script}", math.nan), means.get("random", math.nan)
+    if flags.get("pixels"):  # acts at other time steps than those measured; its own first evaluation may do
+        untrained, random = returns[returns.index <= flags["learning_starts"]].head(1).mean(), math.nan
+    best = BEST["mean"].get(flags["env_id"].split("-v")[0], math.nan)
+    return {"untrained": untrained, "random": random, "best published": best}
+
+
+def read_runs(args: Args) -> pd.DataFrame:
+    """One row per complete run, in the order in which they are shown; a line on stderr for each run left out."""
+    runs = []
     for path in sorted({file.parent for folder in args.runs for file in folder.rglob("args.json")}):
+        if not (path / "result.json").exists():
+            print(f"warning: {path}: incomplete (it has no result.json) and left out", file=sys.stderr)
+            continue
         try:
-            run = read_run(path, args.up_to)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{path}: cannot be read and is left out ({type(error).__name__}: {error})")
-        else:
-            if not args.env_ids or run.env_id in args.env_ids:
-                found.append(run)
-    set_labels(found)
-    incomplete = [run for run in found if run.result is None]
-    problems += [f"{run.path}: incomplete (it has no result.json) and left out" for run in incomplete]
-    complete = {}
-    for run in found:
-        if run.result is not None:
-            first = complete.setdefault((*run.row, run.seed), run)
-            if first is not run:
-                problems.append(f"{run.path}: left out, {first.path} is the same run")
-    env_ids = args.env_ids or sorted({run.env_id for run in found})
-    order = sorted(complete, key=lambda key: (env_ids.index(key[0]), key[1] != "default", key))
-    return [complete[key] for key in order], incomplete, problems
+            runs.append(read_run(path, args))
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            print(f"warning: {path}: cannot be read and is left out ({problem})", file=sys.stderr)
+    env_ids = args.env_ids or sorted({run["environment"] for run in runs})
+    runs = [run for run in runs if run["environment"] in env_ids]
+    exit_unless(runs, f"no complete runs in {', '.join(map(str, args.runs)) or 'no folder: name one'}")
+    set_variants(runs)
+
+    def place(run):
+        return env_ids.index(run["environment"]), run["variant"] != "default", *(run[name] for name in (*ROW, "seed"))
+
+    runs = pd.DataFrame(sorted(runs, key=place))
+    twice = runs.duplicated([*ROW, "seed"])
+    for path in runs["path"][twice]:
+        print(f"warning: {path}: left out, the same run is there twice", file=sys.stderr)
+    return runs[~twice]
 
 
-def set_labels(runs: list[Run]):
-    """Label each run by the flags in which the runs of its script differ, as far as they are not the defaults."""
-    exp_names = {run.args["exp_name"] for run in runs}
-    for exp_name in exp_names:
-        same = [run for run in runs if run.args["exp_name"] == exp_name]
-        flags = dict.fromkeys(flag for run in same for flag in run.args if flag not in NOT_A_VARIANT)
-        varied = [flag for flag in flags if len({json.dumps(run.args.get(flag)) for run in same}) > 1]
-        defaults = default_flags(script_of(same[0].args))
-        for run in same:
-            words = [exp_name] if len(exp_names) > 1 else []
-            words += [as_typed(flag, run.args[flag]) for flag in varied if run.args.get(flag) != defaults.get(flag)]
-            run.label = " ".join(words) or "default"
+def set_variants(runs: list[dict]):
+    """Call each run by the flags in which the runs of its script differ, as far as they are not the defaults."""
+    exp_names = {run["flags"]["exp_name"] for run in runs}
+    for run in runs:
+        exp_name = run["flags"]["exp_name"]
+        same_script = [other["flags"] for other in runs if other["flags"]["exp_name"] == exp_name]
+        words = [exp_name] if len(exp_names) > 1 else []
+        for flag, value in run["flags"].items():
+            varied = flag not in NOT_A_VARIANT and any(flags.get(flag) != value for flags in same_script)
+            if varied and value != run["defaults"].get(flag):
+                words.append(as_typed(flag.replace("_", "-"), value))
+        run["variant"] = " ".join(words) or "default"
 
 
-def as_typed(flag: str, value) -> str:
-    name = flag.replace("_", "-")
+def as_typed(name: str, value) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+    return f"--{name} {value}"
 
 
 # Tables
-
-
-def best_published(env_id: str) -> pd.Series | None:
-    name = re.sub(r"-v\d+$", "", env_id)
-    return BEST.loc[name] if name in BEST.index else None
 
 
 def number(value: float, digits=1) -> str:
@@ -227,12 +218,12 @@ def number(value: float, digits=1) -> str:
 
 
 def mean_and_std(mean: float, std: float) -> str:
-    return number(mean) if math.isnan(mean) or math.isnan(std) else f"{number(mean)} ± {number(std)}"
+    return number(mean) if math.isnan(std) else f"{number(mean)} ± {number(std)}"
 
 
 def over_seeds(values: pd.Series) -> str:
     """Mean and sample standard deviation; nothing where a seed is missing."""
-    return mean_and_std(values.mean(skipna=False), values.std())
+    return mean_and_std(values.mean(skipna=False), values.std(skipna=False))
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -243,86 +234,45 @@ def table(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def baselines(run: Run) -> dict[str, float]:
-    """Returns of policies that have learned nothing, in the environment of this run."""
-    if run.args.get("pixels"):  # acts at other time steps than those measured; its own first evaluation may do
-        first = run.evaluations.iloc[0]
-        return {"untrained": first["mean"]} if first.name <= run.args["learning_starts"] else {}
-    means = BASELINES[BASELINES["env_id"] == run.env_id].set_index("policy")["mean"]
-    policies = {"untrained": f"untrained {script_of(run.args)}", "random": "random"}
-    return {name: means[policy] for name, policy in policies.items() if policy in means}
-
-
-SCORES = (
-    "environment variant steps seed final_return final_evaluation q_minus_discounted_return first_solved_at "
-    "training_return untrained random steps_per_second hours"
-).split()
-
-
-def scores(runs: list[Run], args: Args) -> pd.DataFrame:
-    """One row per run, not rounded: what results.csv holds."""
-    rows = []
-    for run in runs:
-        means, q = run.evaluations["mean"], run.q_estimates.tail(FINAL_EVALUATIONS)
-        row = dict(zip(SCORES, (*run.row, run.seed), strict=False)) | baselines(run)
-        row["final_return"] = means.tail(FINAL_EVALUATIONS).mean()
-        row["q_minus_discounted_return"] = (q["q_estimate"] - q["discounted_return"]).mean()
-        if args.solved_above is not None and (means > args.solved_above).any():
-            row["first_solved_at"] = (means > args.solved_above).idxmax()
-        if row["steps"] == run.result["global_step"]:  # what was measured at the end, or over the whole run
-            row |= run.result | {"training_return": run.training_return, "hours": run.result["seconds"] / 3600}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=SCORES)
-
-
-def results_table(runs: list[Run], args: Args) -> str:
-    """One row per environment and variant."""
-    seeds = scores(runs, args).groupby(SCORES[:3], sort=False)
+def results_table(runs: pd.DataFrame, args: Args) -> str:
+    """One row per environment and variant, and a line on what it was measured with."""
+    training_return = f"training return, last {TRAINING_EPISODES} episodes"
     columns = {
-        "seeds": seeds.size(),
-        "final return": seeds["final_return"].agg(lambda values: f"**{over_seeds(values)}**"),
-        "each seed": seeds["final_return"].agg(lambda values: ", ".join(number(value, 0) for value in values)),
-        "final evaluation": seeds["final_evaluation"].agg(over_seeds),
+        "seeds": ("seed", "size"),
+        "final return": ("final_return", lambda returns: f"**{over_seeds(returns)}**"),
+        "each seed": ("final_return", lambda returns: ", ".join(number(value, 0) for value in returns)),
+        "final evaluation": ("final_evaluation", over_seeds),
+        "solved (seeds)": ("first_solved_at", lambda steps: f"{steps.count()} of {len(steps)}"),
+        "first solved at step (median)": ("first_solved_at", lambda steps: number(steps.median(), 0)),
+        training_return: ("training_return", over_seeds),
+        "Q − discounted return": ("q_minus_discounted_return", over_seeds),
+        "untrained": ("untrained", lambda returns: number(returns.mean())),
+        "random": ("random", lambda returns: number(returns.mean())),
+        "steps/s": ("steps_per_second", lambda speeds: number(speeds.median(), 0)),
+        "hours": ("hours", lambda hours: number(hours.median(), 2)),
     }
-    if args.solved_above is not None:
-        columns["solved (seeds)"] = seeds["first_solved_at"].agg(lambda steps: f"{steps.count()} of {len(steps)}")
-        columns["first solved at step (median)"] = seeds["first_solved_at"].median().map(lambda steps: number(steps, 0))
-    if args.training_return:
-        columns[f"training return, last {TRAINING_EPISODES} episodes"] = seeds["training_return"].agg(over_seeds)
-    columns |= {
-        "Q − discounted return": seeds["q_minus_discounted_return"].agg(over_seeds),
-        "untrained": seeds["untrained"].mean().map(number),
-        "random": seeds["random"].mean().map(number),
-        "steps/s": seeds["steps_per_second"].median().map(lambda steps: number(steps, 0)),
-        "hours": seeds["hours"].median().map(lambda hours: number(hours, 2)),
-    }
-    return table(pd.DataFrame(columns).reset_index())
+    if math.isinf(args.solved_above):
+        del columns["solved (seeds)"]
+    if not args.training_return:
+        del columns[training_return]
+    rows = runs.groupby(ROW, sort=False).agg(**columns).reset_index()
+    return f"{table(rows)}\n{'; '.join(sorted(set(runs['measured_with'])))}.\n"
 
 
-def best_table(runs: list[Run], args: Args) -> str:
+def best_table(runs: pd.DataFrame) -> str:
     """One row per environment and variant, beside the best published return of the same protocol."""
     rows = []
-    for (env_id, label, steps), seeds in scores(runs, args).groupby(SCORES[:3], sort=False):
-        row = {"environment": env_id, "variant": label, "ours": over_seeds(seeds["final_return"])}
+    for (env_id, variant, steps), seeds in runs.groupby(ROW, sort=False):
+        row = {"environment": env_id, "variant": variant, "ours": over_seeds(seeds["final_return"])}
         row |= {"steps": steps, "seeds": len(seeds), "best published": "none"}
-        if (best := best_published(env_id)) is not None:
+        if (name := env_id.split("-v")[0]) in BEST.index:
+            best = BEST.loc[name]
             row["best published"] = mean_and_std(best["mean"], best["std"])
             row["its steps"], row["its seeds"] = best["timesteps"], best["seeds"]
             row["by"] = f"{best['source'].split(',')[0]}, {best['implementation']}, {best['env_version']}"
             row["ours is"] = "**lower**" if seeds["final_return"].mean() < best["mean"] else "higher"
         rows.append(row)
     return table(pd.DataFrame(rows, dtype=object))
-
-
-def results_markdown(runs: list[Run], incomplete: list[Run], args: Args) -> str:
-    """The table, what it was measured with, and what it lacks."""
-    versions = {f"{name} {run.versions[name]}" for run in runs for name in ("gymnasium", "mujoco", "torch", "python")}
-    devices = {run.hardware["gpu"] or f"CPU, {run.hardware['threads']} thread(s) per run" for run in runs}
-    text = f"{results_table(runs, args)}\n{', '.join(sorted(versions))}; {'; '.join(sorted(devices))}.\n"
-    if incomplete:
-        names = [f"{run.env_id} {run.label} seed {run.seed}" for run in incomplete]
-        text += f"\nIncomplete, and not in the table: {', '.join(names)}.\n"
-    return text
 
 
 def published_table() -> str:
@@ -335,111 +285,82 @@ def published_table() -> str:
 
 # Figures
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # told apart by all readers
-LEVELS = {"untrained": ":", "random": (0, (1, 4)), "best published": "-."}  # line styles
-FEW_VARIANTS = 4  # so many are shown with the estimate and the return as two lines; more with their difference
+LEVELS = {"untrained": (1, 1), "random": (1, 4), "best published": (4, 1, 1, 1)}  # dashes and gaps, in line widths
 
 
-def panels(env_ids: list[str], ylabel: str):
-    """A figure with one panel per environment, and the panels by environment."""
-    columns = min(3, len(env_ids))
-    rows = math.ceil(len(env_ids) / columns)
-    size = max(3.1 * columns, 4.6), 2.4 * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(env_ids) :]:
-        axis.remove()
-    for axis in axes[:, 0]:
-        axis.set_ylabel(ylabel)
-    for axis, env_id in zip(axes.flat, env_ids, strict=False):
-        axis.set(title=env_id, xlabel="steps")
-        axis.spines[["top", "right"]].set_visible(False)
+def curves(runs: pd.DataFrame) -> pd.DataFrame:
+    """All evaluations, one per row."""
+    frames = [run.evaluations.assign(environment=run.environment, variant=run.variant) for run in runs.itertuples()]
+    return pd.concat(frames).reset_index(names="steps")
+
+
+def draw_returns(runs: pd.DataFrame, args: Args, path: Path):
+    shown = [level for level in LEVELS if args.published or level != "best published"]
+    ends = runs.melt(["environment", "steps"], shown, "variant", "mean").dropna()
+    returns = pd.concat([curves(runs), ends.assign(steps=0), ends]).rename(columns={"mean": "return"})
+    variants = runs["variant"].unique()
+    colors = dict(zip(variants, sns.color_palette("colorblind", len(variants)), strict=True))
+    look = {
+        "palette": colors | dict.fromkeys(LEVELS, "black"),
+        "dashes": dict.fromkeys(variants, "") | LEVELS,
+        "sizes": dict.fromkeys(variants, 1.3) | dict.fromkeys(LEVELS, 0.8),
+    }
+    draw(returns, path, y="return", col="environment", hue="variant", style="variant", size="variant", **look)
+
+
+def draw_q_estimates(runs: pd.DataFrame, path: Path):
+    if runs["q_minus_discounted_return"].isna().all():
+        return  # the logs are gone
+    names = {"discounted_return": "return that followed", "q_estimate": "critic's estimate"}
+    variants = list(runs["variant"].unique())
+    by_variant = runs.sort_values("variant", key=lambda column: column.map(variants.index), kind="stable")
+    q = curves(by_variant).rename(columns=names).melt(ROW, list(names.values()), "curve", "discounted return")
+    q["panel"] = q["environment"] + "\n" + q["variant"]
+    draw(q, path, y="discounted return", col="panel", hue="curve", style="curve", palette="colorblind")
+
+
+@plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8})
+def draw(data: pd.DataFrame, path: Path, **columns_and_look):
+    """Means over seeds, each in a band from the lowest to the highest of them (of those that ran for so long)."""
+    width = min(3, data[columns_and_look["col"]].nunique())  # in panels
+    layout = {"col_wrap": width, "height": 2.2, "aspect": 1.3 if width > 1 else 2}
+    free = {"sharex": False, "sharey": False}
+    band = {"errorbar": ("pi", 100), "err_kws": {"linewidth": 0}}
+    grid = sns.relplot(data, x="steps", kind="line", facet_kws=free, **layout, **band, **columns_and_look)
+    grid.set_titles("{col_name}")
+    grid.legend.set_title("")
+    for axis in grid.axes.flat:
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k")
         axis.yaxis.set_major_formatter("{x:,g}")
-    return figure, dict(zip(env_ids, axes.flat, strict=False))
-
-
-def save(figure, path: Path):
-    """With one legend for all panels, below them."""
-    legends = [axis.get_legend_handles_labels() for axis in figure.axes]
-    handles = {name: handle for legend in legends for handle, name in zip(*legend, strict=True)}
-    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.055 * max(map(len, handles)))))  # inches
-    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(handles) / columns))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_band(axis, by_seed: list[pd.Series], **style):
-    """The mean over seeds, in a band from the lowest to the highest of them."""
-    values = pd.concat(by_seed, axis=1, join="inner")
-    axis.plot(values.index, values.mean(axis=1), marker="." if len(values) == 1 else "", **style)
-    band = values.index, values.min(axis=1), values.max(axis=1)
-    axis.fill_between(*band, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def draw_figures(runs: list[Run], args: Args, folder: Path):
-    env_ids = list(dict.fromkeys(run.env_id for run in runs))
-    labels = sorted({run.label for run in runs}, key=lambda label: (label != "default", label))
-    few = len(labels) <= FEW_VARIANTS
-    returns_figure, returns_axes = panels(env_ids, "return")
-    q_figure, q_axes = panels(env_ids, "discounted return" if few else "Q − discounted return")
-    for env_id, label, steps in dict.fromkeys(run.row for run in runs):
-        seeds, place = [run for run in runs if run.row == (env_id, label, steps)], labels.index(label)
-        style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
-        draw_band(returns_axes[env_id], [run.evaluations["mean"] for run in seeds], label=label, **style)
-        q = [run.q_estimates for run in seeds if len(run.q_estimates)]
-        if q and few:
-            draw_band(q_axes[env_id], [run["discounted_return"] for run in q], label=f"{label}: return", **style)
-            style["linestyle"] = "--"
-            draw_band(q_axes[env_id], [run["q_estimate"] for run in q], label=f"{label}: critic's estimate", **style)
-        elif q:
-            draw_band(q_axes[env_id], [run["q_estimate"] - run["discounted_return"] for run in q], label=label, **style)
-    for env_id, axis in returns_axes.items():
-        levels = baselines(next(run for run in runs if run.env_id == env_id))
-        if args.published and (best := best_published(env_id)) is not None:
-            levels["best published"] = best["mean"]
-        for name, level in levels.items():
-            axis.axhline(level, color="black", linestyle=LEVELS[name], linewidth=0.8, label=name, zorder=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(returns_figure, folder / "learning_curves.png")
-    if any(len(run.q_estimates) for run in runs):
-        save(q_figure, folder / "q_estimates.png")
+    grid.savefig(path, dpi=150)
+    plt.close(grid.figure)
 
 
 # Output
 
 
-def export(runs: list[Run], folder: Path):
-    """Copy what is small. Complete runs that are there already stay, so that a sweep can be exported as it grows."""
-    if any(run.path.resolve().is_relative_to(folder.resolve()) for run in runs):
-        fail(f"{folder} holds the runs themselves: --export needs another folder")
-    for path in folder.glob("*/**/*"):
-        if path.is_file() and path.name not in EXPORTED:
-            fail(f"{folder} holds more than an export, {path} for one: --export needs a folder of its own")
-    targets = {folder / run.path.name: run for run in runs}
-    if len(targets) < len(runs):
-        fail("two of the runs have the same name: export their folders one by one")
-    for target, run in targets.items():
-        known = target / "eval.csv"
-        if (target / "result.json").exists() and not filecmp.cmp(known, run.path / "eval.csv", shallow=False):
-            fail(f"{target} holds another run of that name: remove it first if this one is to take its place")
-    for target, run in targets.items():
-        target.mkdir(parents=True, exist_ok=True)
-        for name in EXPORTED:
-            if (run.path / name).exists():
+def export(runs: pd.DataFrame, folder: Path):
+    """Copy what is small. Runs that are there already stay, so that a sweep can be exported as it grows."""
+    for run in runs.itertuples():
+        target = folder / run.path.name
+        if not (target / "result.json").exists():
+            target.mkdir(parents=True, exist_ok=True)
+            q_estimates = run.evaluations[Q_COLUMNS].dropna()
+            if len(q_estimates):  # none: the run's log is gone
+                q_estimates.to_csv(target / "q_estimates.csv", float_format="%.6g")
+            training_return = f"episodes,mean\n{TRAINING_EPISODES},{run.training_return}\n"
+            (target / "training_return.csv").write_text(training_return)
+            for name in ("args.json", "eval.csv", "result.json"):
                 shutil.copyfile(run.path / name, target / name)
-        if len(run.q_estimates):
-            q_estimates = run.q_estimates.set_axis(run.q_estimates.index.astype(int))
-            q_estimates.to_csv(target / "q_estimates.csv", index_label="global_step", float_format="%.6g")
-        if not math.isnan(run.training_return):
-            (target / "training_return.csv").write_text(f"episodes,mean\n{TRAINING_EPISODES},{run.training_return}\n")
+        _, different, _ = filecmp.cmpfiles(run.path, target, ["args.json", "eval.csv"], shallow=False)
+        exit_unless(not different, f"{target} holds another run of that name: remove one of them first")
 
 
 SECTION = re.compile(r"(<!-- results:([\w-]+):begin(.*?)-->\n).*?(<!-- results:\2:end -->)", re.DOTALL)
 
 
-def section(page: Path, name: str, flags: str, figures: Path | None) -> str:
-    """The text of a page's section; its figures are drawn into figures/NAME, if that is given."""
+def section(page: Path, name: str, flags: str, figures: Path) -> str:
+    """The text of a page's section; its figures are drawn into figures/NAME."""
     args = tyro.cli(Args, args=shlex.split(flags))
     args.runs = tuple(page.parent / path for path in args.runs or (f"benchmark/results/{name}",))
     if args.show == "published":
@@ -447,48 +368,40 @@ def section(page: Path, name: str, flags: str, figures: Path | None) -> str:
     if args.show == "file":
         (path,) = args.runs
         return path.read_text() if path.suffix == ".md" else table(pd.read_csv(path, dtype=str))
-    runs, incomplete, problems = read_runs(args)
-    for problem in problems if runs else [*problems, f"section {name} stays empty: it has no complete runs"]:
-        print(f"warning: {problem}", file=sys.stderr)
-    if not runs:
-        return ""
+    runs = read_runs(args)
     if args.show == "best":
-        return best_table(runs, args)
-    if figures:
-        draw_figures(runs, args, figures / name)
-    curves = f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n"
-    if args.show == "curves":
-        return curves
-    q_estimates = f"![Q estimates and discounted returns](benchmark/results/{name}/q_estimates.png)\n"
-    return f"{results_markdown(runs, incomplete, args)}\n{curves}\n{q_estimates}"
+        return best_table(runs)
+    (figures / name).mkdir(parents=True, exist_ok=True)
+    draw_returns(runs, args, figures / name / "learning_curves.png")
+    text = f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n"
+    if args.show == "all":
+        draw_q_estimates(runs, figures / name / "q_estimates.png")
+        text = f"{results_table(runs, args)}\n{text}\n"
+        text += f"![Q estimates and discounted returns](benchmark/results/{name}/q_estimates.png)\n"
+    return text
 
 
-def rendered(page: Path, figures: Path | None = None) -> str:
+def rendered(page: Path, figures: Path) -> str:
     """The page with its sections made from the committed data."""
     return SECTION.sub(lambda match: match[1] + section(page, match[2], match[3], figures) + match[4], page.read_text())
 
 
 def main(args: Args):
+    for page in args.pages:
+        page.write_text(rendered(page, page.parent / "benchmark/results"))
     if args.pages:
-        for page in args.pages:
-            if not page.exists() or not SECTION.search(page.read_text()):
-                fail(f"{page} has no section between <!-- results:NAME:begin --> and <!-- results:NAME:end -->")
-            page.write_text(rendered(page, page.parent / "benchmark/results"))
         return
-    runs, incomplete, problems = read_runs(args)
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    if not runs:
-        fail(f"no complete runs in {', '.join(map(str, args.runs)) or 'no folder: name one'}")
+    runs = read_runs(args)
     if args.export:
-        export(runs + incomplete, args.export)
+        export(runs, args.export)
     out = args.out or args.runs[0] / "report"
-    draw_figures(runs, args, out)
-    scores(runs, args).to_csv(out / "results.csv", index=False)
-    text = results_markdown(runs, incomplete, args)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_returns(runs, args, out / "learning_curves.png")
+    draw_q_estimates(runs, out / "q_estimates.png")
+    runs.drop(columns=["evaluations", "flags", "defaults"]).to_csv(out / "results.csv", index=False)
+    text = results_table(runs, args)
     (out / "results.md").write_text(text)
-    print(text, end="")
-    print(f"\n{out}: {', '.join(sorted(path.name for path in out.iterdir()))}", file=sys.stderr)
+    print(f"{text}\nThe figures are in {out}")
 
 
 if __name__ == "__main__":
