@@ -221,7 +221,6 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = allocate(capacity, sum(self.sizes), device=device)
-        self.stored = {"rows": self.rows}  # what a checkpoint keeps
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
 
@@ -234,19 +233,17 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
-        self.indices = (uniform * self.size).long()
-        obs, action, reward, next_obs, discount = self.rows.index_select(0, self.indices).split(self.sizes, 1)
+        indices = (uniform * self.size).long()
+        obs, action, reward, next_obs, discount = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, discount.squeeze(1))
 
     def state_dict(self):
         # torch.save would write all of the memory behind a slice; what comes back from NumPy is only the slice
-        filled = {name: tensor[: min(self.added, len(tensor))].cpu().numpy() for name, tensor in self.stored.items()}
-        return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}
+        return {"added": self.added, "rows": torch.from_numpy(self.rows[: self.added].cpu().numpy())}
 
     def load_state_dict(self, state):
         self.added = state["added"]
-        for name, tensor in self.stored.items():
-            tensor[: len(state[name])] = state[name]
+        self.rows[: len(state["rows"])] = state["rows"]
         self.size.fill_(len(state["rows"]))
 
 

@@ -278,7 +278,6 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = allocate(capacity, sum(self.sizes), device=device)
-        self.stored = {"rows": self.rows}  # what a checkpoint keeps
         self.size = torch.zeros((), dtype=torch.int64, device=device)  # on the device, where a CUDA graph reads it
         self.added = 0
 
@@ -291,38 +290,59 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly, with replacement."""
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
-        self.indices = (uniform * self.size).long()
-        obs, action, reward, next_obs, discount = self.rows.index_select(0, self.indices).split(self.sizes, 1)
+        indices = (uniform * self.size).long()
+        obs, action, reward, next_obs, discount = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, discount.squeeze(1))
 
     def state_dict(self):
         # torch.save would write all of the memory behind a slice; what comes back from NumPy is only the slice
-        filled = {name: tensor[: min(self.added, len(tensor))].cpu().numpy() for name, tensor in self.stored.items()}
-        return {"added": self.added} | {name: torch.from_numpy(array) for name, array in filled.items()}
+        return {"added": self.added, "rows": torch.from_numpy(self.rows[: self.added].cpu().numpy())}
 
     def load_state_dict(self, state):
         self.added = state["added"]
-        for name, tensor in self.stored.items():
-            tensor[: len(state[name])] = state[name]
+        self.rows[: len(state["rows"])] = state["rows"]
         self.size.fill_(len(state["rows"]))
 
 
 class PixelReplayBuffer(ReplayBuffer):
-    """The same for pixels: float32 rows without observations, and beside them uint8 frames (capacity, 2, 9, 64, 64)."""
+    """The same for pixels: the rows say where observations lie in a ring of uint8 frames (capacity + 1, 9, 64, 64).
+
+    The observation after a step is the one before the next and lies there once, so that an episode of n steps takes
+    n + 1 places. When all are taken, the oldest hundredth is given up at once, with the transitions that start there.
+    """
 
     def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_dim: int, device: torch.device):
-        super().__init__(capacity, 0, action_dim, device)
-        self.frames = allocate(capacity, 2, *obs_shape, device=device, dtype=torch.uint8)
-        self.stored["frames"] = self.frames
+        super().__init__(capacity, 1, action_dim, device)  # float32 tells places apart up to 2^24, 576 GiB of frames
+        self.frames = allocate(capacity + 1, *obs_shape, device=device, dtype=torch.uint8)
+        self.hundredth = len(self.frames) // 100 + 1
+        self.placed, self.last_obs = 0, None
 
     def add(self, obs, action, reward, next_obs, discount):
-        self.frames[self.added % len(self.rows)] = torch.from_numpy(np.stack([obs, next_obs]))
-        super().add([], action, reward, [], discount)
+        for frames in [next_obs] if obs is self.last_obs else [obs, next_obs]:  # one array within an episode: see main
+            place = self.placed % len(self.frames)
+            if place % self.hundredth == 0:  # rows that start from here to the next hundredth are the oldest
+                lost = int((self.rows[: self.added, 0] // self.hundredth == place // self.hundredth).sum())
+                self.rows[: self.added - lost] = self.rows[lost : self.added].clone()
+                self.added -= lost
+            self.frames[place] = torch.from_numpy(frames)
+            self.placed += 1
+        self.last_obs = next_obs
+        super().add([(place - 1) % len(self.frames)], action, reward, [place], discount)
 
     def sample(self, batch_size: int) -> Batch:
         batch = super().sample(batch_size)
-        obs, next_obs = self.frames.index_select(0, self.indices).unbind(1)
+        places = torch.cat([batch.obs, batch.next_obs]).long().squeeze(1)
+        obs, next_obs = self.frames.index_select(0, places).chunk(2)
         return batch._replace(obs=obs, next_obs=next_obs)
+
+    def state_dict(self):
+        frames = torch.from_numpy(self.frames[: self.placed].cpu().numpy())
+        return super().state_dict() | {"placed": self.placed, "frames": frames}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.placed = state["placed"]
+        self.frames[: len(state["frames"])] = state["frames"]
 
 
 class OrnsteinUhlenbeckNoise:

@@ -32,7 +32,7 @@ class Point(gym.Env):
         return np.array([self.x, self.t / 10], np.float32), reward, False, self.t == 10, {}
 
     def render(self):
-        return np.zeros((64, 64, 3), np.uint8)
+        return np.full((64, 64, 3), 127 + 100 * np.tanh(self.x), np.uint8)
 
 
 class Scripted(gym.Env):

@@ -1,6 +1,7 @@
 """What only the paper's script has: its networks, batch normalisation, Ornstein-Uhlenbeck noise, and pixels."""
 
 import copy
+import io
 import random
 
 import gymnasium as gym
@@ -328,26 +329,51 @@ def test_pixel_networks_scale_frames_to_0_1():
         torch.testing.assert_close(seen[0], frames.float() / 255)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pixel_replay_buffer_is_a_bounded_list(seed):
-    rng = random.Random(seed)
-    capacity = rng.choice([1, 3, 8])
-    buffer, oracle = paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU), []
-    assert buffer.frames.dtype == torch.uint8
-    for _ in range(60):
-        obs, next_obs = (np.array([rng.randrange(256) for _ in range(4)], np.uint8).reshape(1, 2, 2) for _ in range(2))
-        action, reward, discount = np.float32([rng.random(), rng.random()]), rng.randrange(100), rng.choice([0, 0.5])
-        buffer.add(obs, action, reward, next_obs, discount)
-        row = *obs.flatten().tolist(), *action.tolist(), reward, *next_obs.flatten().tolist(), discount
-        oracle = [*oracle, row][-capacity:]
-        if rng.random() < 0.2:
-            state, buffer = copy.deepcopy(buffer.state_dict()), paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU)
-            buffer.load_state_dict(state)
-        batch = buffer.sample(20 * capacity)
-        columns = batch.obs.flatten(1), batch.action, batch.reward[:, None], batch.next_obs.flatten(1)
-        rows = torch.cat([*columns, batch.discount[:, None]], 1).tolist()
-        assert all(tuple(row) in oracle for row in rows)
-    assert {tuple(row) for row in rows} == set(oracle)
+@pytest.mark.parametrize("capacity", [1, 3, 8, 99, 250])
+def test_pixel_replay_buffer_against_a_list(capacity):
+    """Random episodes, round the ring more than twice, beside a list of all observations and one of all transitions.
+
+    With `capacity` + 1 places, a hundredth of which (1, 2 or 3) is given up at once; resumed now and then, also in the
+    middle of an episode, where the observation takes another place.
+    """
+    rng, places = random.Random(capacity), capacity + 1
+    hundredth = {1: 1, 3: 1, 8: 1, 99: 2, 250: 3}[capacity]
+    buffer, placed, transitions, from_place = paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU), [], [], 0
+    assert buffer.frames.dtype == torch.uint8 and len(buffer.frames) == places
+
+    def frames():
+        return np.array([rng.randrange(256) for _ in range(4)], np.uint8).reshape(1, 2, 2)
+
+    while len(placed) < 2.5 * places + 20:
+        obs, shared, length = frames(), False, rng.choice([1, 2, 3, 20])
+        for t in range(length):
+            action, reward, next_obs = np.float32([rng.random(), rng.random()]), rng.randrange(100), frames()
+            discount = 0.5 if t < length - 1 else rng.choice([0, 0.5])  # terminated, truncated
+            buffer.add(obs, action, reward, next_obs, discount)
+            for each in [next_obs] if shared else [obs, next_obs]:
+                if len(placed) % places % hundredth == 0:  # the place here and up to the next hundredth's
+                    given_up = min(hundredth, places - len(placed) % places)
+                    from_place = len(placed) - places + given_up
+                placed.append(each.flatten().tolist())
+            transitions.append([len(placed) - 2, *action.tolist(), reward, discount])
+            obs, shared = next_obs, True
+            if rng.random() < 0.1 or (t == length - 1 and rng.random() < 0.3):
+                file = io.BytesIO()
+                torch.save(buffer.state_dict(), file)
+                file.seek(0)
+                state, buffer = torch.load(file), paper.PixelReplayBuffer(capacity, (1, 2, 2), 2, CPU)
+                assert len(state["frames"]) == min(len(placed), places)  # only what is filled
+                buffer.frames.random_()
+                buffer.load_state_dict(state)
+                shared = False
+            held = [[*placed[i], *rest, *placed[i + 1]] for i, *rest in transitions if i >= from_place]
+            assert 1 <= len(held) <= capacity and buffer.size == len(held)
+            torch.manual_seed(len(placed))
+            drawn = (torch.rand(20, dtype=torch.float64) * len(held)).long()  # uniform, and in the order they came
+            torch.manual_seed(len(placed))
+            batch = buffer.sample(20)
+            columns = batch.action, batch.reward[:, None], batch.discount[:, None], batch.next_obs.flatten(1)
+            assert torch.cat([batch.obs.flatten(1), *columns], 1).tolist() == [held[i] for i in drawn]
 
 
 def test_a_run_from_pixels(run, made):
@@ -356,10 +382,10 @@ def test_a_run_from_pixels(run, made):
     stubs.Scripted.made.clear()
     flags = dict(env_id="stubs:Scripted-v0", total_timesteps=40, learning_starts=20, batch_size=None, eval_interval=20)
     run_dir = run(paper, pixels=True, **flags)
-    frames, rows = buffers[0].frames[:4].numpy(), buffers[0].rows[:4].numpy()
+    frames, rows = buffers[0].frames.numpy(), buffers[0].rows[:4].numpy()
     actions = iter(stubs.Scripted.made[0].actions)
     # the first reset of each environment, in make_env, tries the rendering: episode 0 is never played
-    seen = [(read(obs), read(next_obs)) for obs, next_obs in frames]
+    seen = [(read(frames[int(row[0])]), read(frames[int(row[-2])])) for row in rows]
     start = seen[0][0][0][0]
     by_episode = [
         (obs[0][0] - start, [step for _, step in obs], [step for _, step in next_obs]) for obs, next_obs in seen
@@ -372,16 +398,34 @@ def test_a_run_from_pixels(run, made):
         played = range(t, min(t + 3, length))
         terminal = t + 3 >= length and stubs.Scripted.ENDINGS[(start + episode) % 5][1] != "truncated"
         rewards = sum(10 * (start + episode) + step for step in played)
-        assert row[2:].tolist() == [rewards, 0 if terminal else np.float32(0.99)]
-        assert all((row[:2] == next(actions)).all() for _ in played)
+        assert row[[3, 5]].tolist() == [rewards, 0 if terminal else np.float32(0.99)]
+        assert all((row[1:3] == next(actions)).all() for _ in played)
         expected = [min(t + i, length) for i in (1, 2, 3)]
         assert (number, next_steps) == (episode, expected)
         assert obs_steps == ([0, 0, 0] if t == 0 else [t - 2, t - 1, t])
         t += 3
         if t >= length:
             episode, t = episode + 1, 0
+    resets = len(stubs.Scripted.made[0].seeds) - 1
+    assert buffers[0].added == 40 and buffers[0].placed == 40 + resets  # each observation once
     assert [row["global_step"] for row in eval_rows(run_dir)] == [20, 40]
     assert np.isfinite([value for _, value in scalars(run_dir)["losses/qf1_loss"]]).all()
+
+
+def test_a_run_from_pixels_goes_on_as_if_never_stopped(run, made):
+    """With a buffer that has gone round its ring before the checkpoint and does so again after it."""
+    buffers = made(paper, "PixelReplayBuffer")
+    flags = dict(pixels=True, learning_starts=20, batch_size=4, buffer_size=27, eval_interval=20, checkpoint_interval=4)
+    whole = run(paper, run_name="whole", total_timesteps=60, **flags)
+    part = run(paper, run_name="part", total_timesteps=40, keep_checkpoint=True, **flags)
+    paper.main(paper.Args(resume=str(part), total_timesteps=60))
+    assert [buffer.placed for buffer in buffers] == [60 + 15, 40 + 10, 60 + 15]  # episodes of four steps
+    for network in "actor", "qf":
+        for name, tensor in model(whole)[network].items():
+            assert (model(part)[network][name] == tensor).all(), name
+    assert (whole / "eval.csv").read_bytes() == (part / "eval.csv").read_bytes()
+    held = [buffers[i].rows[: buffers[i].added] for i in (0, 2)]
+    assert 0 < len(held[0]) < 27 and (held[0] == held[1]).all()
 
 
 def test_every_environment_of_a_run_has_the_same_camera():

@@ -626,7 +626,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
 
 
 def test_a_resumed_run_lets_go_of_the_checkpoint_it_came_from(broken_off):
-    """Its 170 MB, or 3 GB from pixels, would stay on the disk until the run ends."""
+    """Its 170 MB, or 1 GB and more from pixels, would stay on the disk until the run ends."""
     held = "print('held:', 'checkpoint.pt' in open('/proc/self/maps').read())"
     ended = run(broken_off, TUNED, "--resume runs/x", before("os.replace", 4, held))
     assert ended.code == 0 and "held: False" in ended.output
