@@ -79,8 +79,8 @@ def test_sweep_killed_and_started_again(tmp_path, hold):
         "STEPS=1.2e3",
         "JOBS=2",
     ]
-    out, steps = tmp_path / "runs/ddpg_continuous_action", list(range(200, 1201, 200))
-    flags = " ".join([*FLAGS, "--tau 0.02"]).replace("--eval-interval 500", "--eval-interval 200").split()
+    out, steps = tmp_path / "runs/ddpg_continuous_action", list(range(100, 1201, 100))
+    flags = " ".join([*FLAGS, "--tau 0.02"]).replace("--eval-interval 500", "--eval-interval 100").split()
     command = sweep_command(*settings, flags=flags)
     names = {  # by their labels in the report; 0.02 is not the script's default
         "--tau 0.02": [f"waiting-Waiting-v0__ddpg_continuous_action__{seed}" for seed in (1, 2)],
@@ -127,7 +127,7 @@ def test_sweep_killed_and_started_again(tmp_path, hold):
     assert made.returncode == 0, made.stderr
     rows = read_csv(out / "report/results.csv")
     for label, pair in names.items():
-        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)[1:]) for name in pair]  # of 11
+        finals = [statistics.fmean(mean for _, mean in evaluations(out / name)[2:]) for name in pair]  # of 12
         reported = {row["seed"]: float(row["final_return"]) for row in rows if row["variant"] == label}
         assert reported == {"1": pytest.approx(finals[0], rel=1e-12), "2": pytest.approx(finals[1], rel=1e-12)}
         shown = f"**{statistics.fmean(finals):,.1f} ± {statistics.stdev(finals):,.1f}**".replace("-", "−")
