@@ -65,8 +65,6 @@ steps=${steps%.*}
 [[ ${JOBS:=} =~ ^([1-9][0-9]*)?$ ]] || die "JOBS must be a positive number, not '$JOBS'"
 python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
 export OMP_NUM_THREADS=$THREADS
-# glibc (2.35 and later) takes memory in huge pages, where the kernel has them: an update is some 8 % faster on a CPU
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 flags=(--total-timesteps "$steps" --num-threads "$THREADS" "$@")
 
 if ((!${#variants[@]})); then # none on the command line

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+# A shell starts what it puts into the background with SIGINT ignored, and so would all that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 

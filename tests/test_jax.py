@@ -243,7 +243,8 @@ def learn(times):
         agent.update(rows, i % 3 > 0)
 learn(10)
 before = seconds()
-learn(150)
+while seconds()[0] - before[0] < 100:  # a second of it, however fast the machine is
+    learn(50)
 print(*np.subtract(seconds(), before))
 """
 
@@ -254,7 +255,7 @@ def test_one_thread_is_one_thread(tmp_path):
     done = process([sys.executable, "-c", THREADS], tmp_path)
     assert done.returncode == 0, done.stderr
     main, others = map(int, done.stdout.split())
-    assert main > 30 and others < 0.02 * main
+    assert others < 0.02 * main
 
 
 @pytest.mark.parametrize(

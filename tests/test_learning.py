@@ -1,4 +1,4 @@
-"""It learns: Pendulum-v1, three seeds at once, each in a process of its own with one thread."""
+"""It learns: Pendulum-v1, two seeds at once, each in a process of its own with one thread."""
 
 import math
 import subprocess
@@ -11,13 +11,13 @@ CASES = {  # sooner done than with the defaults: a smaller batch for the tuned s
     tuned: dict(total_timesteps=15_000, learning_starts=1000, batch_size=64),
     paper: dict(total_timesteps=10_000, learning_starts=500, actor_lr=1e-3, tau=0.01),
 }
-COMMON = dict(env_id="Pendulum-v1", buffer_size=20_000, eval_interval=1000, eval_episodes=10, checkpoint_interval=0)
+COMMON = dict(env_id="Pendulum-v1", buffer_size=20_000, eval_interval=500, eval_episodes=10, checkpoint_interval=0)
 
 
 @pytest.mark.parametrize("script", CASES, ids=lambda script: script.SCRIPT)
-def test_learns_pendulum_from_three_seeds(script, tmp_path):
+def test_learns_pendulum_from_two_seeds(script, tmp_path):
     """Swinging up and standing costs 150 an episode, hanging about 1,200."""
-    seeds = 1, 2, 3
+    seeds = 1, 2
     flags = COMMON | CASES[script]
     runs = [
         subprocess.Popen(
@@ -28,7 +28,7 @@ def test_learns_pendulum_from_three_seeds(script, tmp_path):
         )
         for seed in seeds
     ]
-    means = [[], [], []]
+    means = [[], []]
     while any(process.poll() is None for process in runs):
         time.sleep(0.2)
         for i, process in enumerate(runs):
