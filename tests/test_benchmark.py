@@ -34,7 +34,8 @@ import ddpg_paper_faithful as paper
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD = os.environ | {"PYTHONPATH": str(ROOT / "tests")}  # for waiting:Waiting-v0
-FLAGS = "--learning-starts 100 --batch-size 16 --eval-interval 500 --eval-episodes 2 --checkpoint-interval 500".split()
+FLAGS = "--learning-starts 100 --batch-size 16 --eval-interval 500 --eval-episodes 2 --final-eval-episodes 3"
+FLAGS = f"{FLAGS} --checkpoint-interval 500".split()
 
 
 def sweep_command(*settings, flags=FLAGS):
@@ -523,8 +524,7 @@ def run_peer(total_timesteps, **flags):
 
 def test_peer_leaves_the_same_files_and_starts_over_when_interrupted(tmp_path):
     env = os.environ | {"SCRIPT": "benchmark/sb3_ddpg.py", "ENVS": "Pendulum-v1", "SEEDS": "1", "STEPS": "600"}
-    flags = [*FLAGS, "--final-eval-episodes", "3"]
-    command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *flags]
+    command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *FLAGS]
     subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=600)
     run_dir = tmp_path / "runs/sb3_ddpg/Pendulum-v1__sb3_ddpg__1"
     assert [step for step, _ in evaluations(run_dir)] == [500, 600]
