@@ -1,6 +1,8 @@
 """Sweeps with the real scripts, killed and started again; the report against numbers computed here by hand."""
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -17,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import scalars
 from matplotlib.testing.compare import compare_images
 from torch.utils.tensorboard import SummaryWriter
@@ -124,7 +127,7 @@ def test_sweep_killed_and_started_again(tmp_path, hold):
     assert more.returncode == 0 and len(more.stdout.splitlines()) == 5  # three of the new variant, two of seed 3
 
     # The report, to the digit
-    made = run_report(out)
+    made = subprocess.run([sys.executable, ROOT / "benchmark/report.py", out], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     rows = read_csv(out / "report/results.csv")
     for label, pair in names.items():
@@ -266,8 +269,14 @@ def write_run(
 
 
 def run_report(*arguments):
-    command = [sys.executable, ROOT / "benchmark/report.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    """As its command line does, in this process."""
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            report.main(tyro.cli(report.Args, args=[str(argument) for argument in arguments]))
+        except SystemExit as end:
+            code = end.code
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def write_log(run_dir, scalars):

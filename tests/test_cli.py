@@ -826,7 +826,7 @@ def test_the_same_seed_gives_the_same_bytes(script, run, tmp_path):
 
 
 def test_two_threads_on_a_busy_machine_give_the_same_bytes_twice(tmp_path):
-    flags = dict(env_id="Hopper-v5", batch_size=256, buffer_size=1000, num_threads=2)
+    flags = dict(env_id="Hopper-v5", batch_size=256, buffer_size=1000, num_threads=2, total_timesteps=80)
     folders, processes = [tmp_path / "one", tmp_path / "other"], []
     for folder in folders:  # side by side, each in the other's way
         folder.mkdir()

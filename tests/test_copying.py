@@ -14,10 +14,10 @@ from conftest import ROOT, SCRIPTS, agent
 from test_resume import ANY_STEP, before, outcome, send
 from test_resume import run as run_process
 
-FLAGS = "--env-id Pendulum-v1 --total-timesteps 500 --learning-starts 150 --batch-size 16 --buffer-size 400"
+FLAGS = "--env-id Pendulum-v1 --total-timesteps 300 --learning-starts 80 --batch-size 16 --buffer-size 250"
 FLAGS += " --checkpoint-interval 200 --eval-interval 200 --eval-episodes 1 --final-eval-episodes 1"
 FLAGS += " --num-threads 1 --no-cuda --run-name x"
-IN_THE_MIDDLE = before(ANY_STEP, 850, send(signal.SIGKILL))  # at step 450: two evaluations took 200 each
+IN_THE_MIDDLE = before(ANY_STEP, 450, send(signal.SIGKILL))  # at step 250: an evaluation took 200
 
 # Changes: pairs of the script's text and the user's
 
@@ -155,11 +155,11 @@ def test_a_changed_copy_resumes_to_the_same_bytes(script, change, tmp_path):
     whole.mkdir(), killed.mkdir()
     ended = run_process(whole, tmp_path / "mine.py", f"{FLAGS} {flags}")
     assert ended.code == 0, ended.output
-    ended = run_process(killed, tmp_path / "mine.py", f"{FLAGS} {flags} --total-timesteps 460", IN_THE_MIDDLE)
+    ended = run_process(killed, tmp_path / "mine.py", f"{FLAGS} {flags} --total-timesteps 260", IN_THE_MIDDLE)
     assert ended.code == -signal.SIGKILL, ended.output
     checkpoint = torch.load(killed / "runs/x/checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == 400 and did_something(checkpoint["parts"]["agent"])
-    ended = run_process(killed, tmp_path / "mine.py", "--resume runs/x --total-timesteps 500")
+    assert checkpoint["global_step"] == 200 and did_something(checkpoint["parts"]["agent"])
+    ended = run_process(killed, tmp_path / "mine.py", "--resume runs/x --total-timesteps 300")
     assert ended.code == 0, ended.output
     assert outcome(killed / "runs/x") == outcome(whole / "runs/x")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, eval_rows, model, process, tuned
+from test_benchmark import run_report
 from test_learning import learns_pendulum
 from test_resume import PENDULUM, before, outcome, send
 from test_resume import run as run_process
@@ -204,8 +205,8 @@ def test_sweep_and_report(tmp_path):
     command = [ROOT / "benchmark/sweep.sh", f"PYTHON={sys.executable}", "--", *flags.split()]
     subprocess.run(command, cwd=tmp_path, env=env, check=True, timeout=300)
     assert len(eval_rows(tmp_path / "runs/jax_ddpg/Pendulum-v1__jax_ddpg__1")) == 3
-    report = process([sys.executable, str(ROOT / "benchmark/report.py"), "runs"], tmp_path)
-    assert report.returncode == 0 and re.search(r"\| Pendulum-v1 \| 300 \| 1 \|", report.stdout), report
+    made = run_report(tmp_path / "runs")
+    assert made.returncode == 0 and "| Pendulum-v1 | 300 | 1 |" in made.stdout, made
 
 
 # One thread, flags, what it is made of

@@ -210,7 +210,7 @@ CASES = {  # truncation only, termination, batch norm and OU noise; a buffer tha
     "tuned-HalfCheetah": (TUNED, f"{SMALL} --env-id HalfCheetah-v5 --total-timesteps 2200 --learning-starts 900"
                                  " --buffer-size 950 --policy-frequency 2 --eval-interval 700 --eval-episodes 1"),
     "tuned-Hopper": (TUNED, f"{SMALL} --env-id Hopper-v5 --total-timesteps 900"),
-    "paper-Hopper": (PAPER, f"{SMALL} --env-id Hopper-v5 --total-timesteps 900 --buffer-size 350"),
+    "paper-Hopper": (PAPER, f"{SMALL} --env-id Hopper-v5 --total-timesteps 700 --buffer-size 350"),
     "paper-Pendulum": (PAPER, f"{PENDULUM} --policy-frequency 2"),
 }  # fmt: skip
 
