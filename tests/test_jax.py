@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CPU, ROOT, eval_rows, model, process, tuned
 from test_benchmark import run_report
-from test_learning import learns_pendulum
+from test_learning import check_learns_pendulum
 from test_resume import PENDULUM, before, outcome, send
 from test_resume import run as run_process
 
@@ -151,7 +151,7 @@ def test_learns_pendulum(tmp_path):
     flags = "--env-id Pendulum-v1 --total-timesteps 15e3 --learning-starts 500 --batch-size 64 --learning-rate 1e-3"
     flags += " --buffer-size 20e3 --eval-interval 500 --eval-episodes 5 --checkpoint-interval 0 --num-threads 1"
     line = [sys.executable, str(SCRIPT), *flags.split(), "--run-name", "x"]
-    assert learns_pendulum(line, tmp_path / "runs/x")
+    check_learns_pendulum(line, tmp_path / "runs/x")
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
