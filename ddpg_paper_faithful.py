@@ -163,7 +163,7 @@ class Args:
     """size of the Ornstein-Uhlenbeck noise's steps, in halves of the action range (section 7)"""
     ou_dt: float = 1.0
     """time step of the Ornstein-Uhlenbeck noise: 1 forgets in 6 steps, 0.01 in 666 (the paper is silent)"""
-    batch_norm: Literal["both", "actor", "none"] = "both"
+    batch_norm: Literal["both", "actor", "critic", "none"] = "both"
     """networks with batch normalisation (section 3: both); from pixels none"""
     batch_norm_momentum: float = 0.1
     """share of a new batch in the running averages of batch normalisation (the paper is silent)"""
@@ -372,7 +372,7 @@ class DDPG:
         obs_shape, (low, high) = obs_space.shape, float32_bounds(action_space)
         norm = functools.partial(nn.BatchNorm1d, momentum=args.batch_norm_momentum)
         actor_norm = norm if args.batch_norm in ("both", "actor") else nn.Identity
-        qf_norm = norm if args.batch_norm == "both" else nn.Identity
+        qf_norm = norm if args.batch_norm in ("both", "critic") else nn.Identity
         self.actor = Actor(obs_shape, low, high, actor_norm, args.weights_init).to(device).eval()
         self.qf = QNetwork(obs_shape, low, high, qf_norm, args.weights_init).to(device).eval()
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)

@@ -463,7 +463,7 @@ SB3_CASES = {
             paper,
             dict(batch_norm=which, actor_lr=LR[0], critic_lr=LR[1], critic_weight_decay=L2),
         )
-        for which in ("none", "actor", "both")
+        for which in ("none", "actor", "critic", "both")
     },
 }
 

@@ -216,13 +216,13 @@ def test_the_model_says_how_to_rebuild_it(run, flags):
         getattr(rebuilt, name).load_state_dict(saved[name])
 
 
-@pytest.mark.parametrize("which", ["none", "actor", "both"])
+@pytest.mark.parametrize("which", ["none", "actor", "critic", "both"])
 def test_batch_normalisation_is_where_it_should_be(which):
     """In the networks and their targets: at the input and before each ReLU; in the critic not after the action."""
     learner = agent(paper, batch_norm=which)
     for name, kinds, places in (
         ("actor", ("actor", "both"), ["input", "norm1", "norm2"]),
-        ("qf", ("both",), ["input", "norm1"]),
+        ("qf", ("critic", "both"), ["input", "norm1"]),
     ):
         for network in getattr(learner, name), getattr(learner, f"target_{name}"):
             found = [place for place, module in network.named_modules() if isinstance(module, torch.nn.BatchNorm1d)]
