@@ -9,8 +9,8 @@ is small enough to commit, and
     python benchmark/report.py --pages README.md RESULTS.md
 
 regenerates the pages from the committed data: what stands between <!-- results:NAME:begin FLAGS --> and
-<!-- results:NAME:end -->. FLAGS are flags of this command, --show and the folders of the runs among them; the folder is
-benchmark/results/NAME unless they name others.
+<!-- results:NAME:end -->. FLAGS are flags of this command, --show and the folders of the runs among them, in which *, ?
+and [...] are as in the shell; the folder is benchmark/results/NAME unless they name others.
 
 Runs are shown side by side under the flags in which they differ. An incomplete run, a broken one and the second of two
 equal ones are named on stderr and left out.
@@ -362,9 +362,13 @@ SECTION = re.compile(r"(<!-- results:([\w-]+):begin(.*?)-->\n).*?(<!-- results:\
 def section(page: Path, name: str, flags: str, figures: Path) -> str:
     """The text of a page's section; its figures are drawn into figures/NAME."""
     args = tyro.cli(Args, args=shlex.split(flags))
-    args.runs = tuple(page.parent / path for path in args.runs or (f"benchmark/results/{name}",))
     if args.show == "published":
         return published_table()
+    patterns, args.runs = args.runs or (f"benchmark/results/{name}",), ()
+    for pattern in patterns:
+        found = sorted(page.parent.glob(str(pattern)))
+        exit_unless(found, f"{page.name}, section {name}: there is nothing at {pattern}")
+        args.runs += tuple(found)
     if args.show == "file":
         (path,) = args.runs
         return path.read_text() if path.suffix == ".md" else table(pd.read_csv(path, dtype=str))

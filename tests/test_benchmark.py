@@ -466,8 +466,11 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     page.write_text("before\n<!-- results:short:begin -->\nold\n<!-- results:short:end -->\nafter\n")
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
     other.write_text("<!-- results:decisions:begin --show file table.csv -->\n<!-- results:decisions:end -->\n")
+    write_run(tmp_path / "runs", "Hopper-v5", 2, range(0, 1000, 100))
+    other.open("a").write("<!-- results:seeds:begin --show best runs/*_[13] -->\n<!-- results:seeds:end -->\n")
     made = run_report("--pages", page, other)
     assert made.returncode == 0, made.stderr
+    assert "| Hopper-v5 | 450.0 | 50,000 | 1 |" in other.read_text()  # of seeds 1 and 3 there is the one
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**450.0**" in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |\n" in other.read_text()
@@ -476,6 +479,9 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     eval_csv = exported / "eval.csv"
     eval_csv.write_text(eval_csv.read_text().replace("900,1.0", "901,1.0"))
     assert report.rendered(page, tmp_path) != text  # what the next test would notice
+    page.write_text("<!-- results:shorts:begin -->\n<!-- results:shorts:end -->\n")
+    made = run_report("--pages", page)
+    assert made.returncode == 2 and "section shorts: there is nothing at benchmark/results/shorts" in made.stderr
 
 
 def test_pages_agree_with_the_committed_data(tmp_path):
