@@ -315,7 +315,7 @@ def draw_q_estimates(runs: pd.DataFrame, path: Path):
     variants = list(runs["variant"].unique())
     by_variant = runs.sort_values("variant", key=lambda column: column.map(variants.index), kind="stable")
     q = curves(by_variant).rename(columns=names).melt(ROW, list(names.values()), "curve", "discounted return")
-    q["panel"] = q["environment"] + "\n" + q["variant"]
+    q["panel"] = q["environment"] + "\n" + q["variant"].str.replace(" --", "\n--")
     draw(q, path, y="discounted return", col="panel", hue="curve", style="curve", palette="colorblind")
 
 

@@ -203,6 +203,19 @@ def test_time_and_return_to_expect():
     assert float(minutes) == pytest.approx(np.mean(seconds) / 60, rel=1 / 6)
 
 
+def test_what_batch_normalisation_does():
+    """The figures of that paragraph, in its order, are those of the committed runs."""
+    figures = []
+    for env_id in "InvertedPendulum-v5", "HalfCheetah-v5":
+        for variant in "", "__batch-norm-actor", "__batch-norm-none":
+            runs = ROOT.glob(f"benchmark/results/paper/{env_id}__ddpg_paper_faithful{variant}__[123]/result.json")
+            returns = [json.loads(path.read_text())["final_return"] for path in runs]
+            assert len(returns) == 3
+            figures.append(f"{np.mean(returns):,.1f} ± {np.std(returns, ddof=1):,.1f}")
+    (paragraph,) = re.findall(r"^\*\*Batch normalisation\*\*.*", README.read_text(), re.MULTILINE)
+    assert re.findall(r"[\d,]+\.\d ± [\d,]+\.\d", paragraph)[: len(figures)] == figures
+
+
 @pytest.mark.parametrize("ending", ["gif", "png"])
 def test_film(run, tmp_path, ending):
     """Of a policy of either ending: as long as asked for, small, and refused when it is not."""
