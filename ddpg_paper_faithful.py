@@ -33,7 +33,7 @@
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-What was tried on Pendulum-v1 and InvertedPendulum-v5, three seeds each, is in RESULTS.md with its figures.
+What was tried, on which tasks and with how many seeds, is in RESULTS.md with its figures.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|

@@ -364,11 +364,12 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
     args = tyro.cli(Args, args=shlex.split(flags))
     if args.show == "published":
         return published_table()
-    patterns, args.runs = args.runs or (f"benchmark/results/{name}",), ()
-    for pattern in patterns:
+    paths = []
+    for pattern in args.runs or (f"benchmark/results/{name}",):
         found = sorted(page.parent.glob(str(pattern)))
         exit_unless(found, f"{page.name}, section {name}: there is nothing at {pattern}")
-        args.runs += tuple(found)
+        paths += found
+    args.runs = tuple(paths)
     if args.show == "file":
         (path,) = args.runs
         return path.read_text() if path.suffix == ".md" else table(pd.read_csv(path, dtype=str))
