@@ -28,6 +28,7 @@ instead of Ornstein-Uhlenbeck exploration noise. The paper's own settings are ne
 
 import contextlib
 import copy
+import fcntl
 import functools
 import io
 import json
@@ -44,6 +45,7 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -85,7 +87,7 @@ class Args:
     num_threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     matmul: Literal["auto", "mkl", "onednn"] = "auto"
-    """library for an update's matrix products on a CPU; auto: oneDNN where MKL reaches only half of its speed"""
+    """library for an update's matrix products on a CPU; auto: oneDNN on AMD's from Zen 5 on, which MKL uses by half"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
@@ -97,9 +99,9 @@ class Args:
     checkpoint_interval: int = 50_000
     """steps between checkpoints, each written at the end of the episode in progress; 0 = none"""
     keep_checkpoint: bool = False
-    """keep the last checkpoint of a finished run, so that --resume can extend it"""
+    """keep the last checkpoint, if there is one, of a finished run: --resume can extend the run from there"""
     resume: str | None = None
-    """folder of an interrupted run to resume under its own flags; only --total-timesteps may be raised"""
+    """folder of an interrupted run to resume under its own flags; --total-timesteps alone may be raised"""
 
     # Evaluation
     eval_interval: int = 5_000
@@ -131,7 +133,7 @@ class Args:
     batch_size: int = 256
     """transitions per batch (section 7: 64)"""
     exploration_noise: float = 0.1
-    """standard deviation of the exploration noise, as a fraction of half the action range (ou: of its increments)"""
+    """standard deviation of the exploration noise (ou: of its steps at --ou-dt 1), in units of half the action range"""
     learning_starts: int = 25_000
     """steps of uniformly random actions before learning starts (the paper is silent)"""
     policy_frequency: int = 1
@@ -147,13 +149,13 @@ class Args:
     noise_anneal_steps: int = 0
     """steps over which the noise goes linearly to --exploration-noise-final, random steps included; 0 = constant"""
     exploration_noise_final: float = 0.0
-    """size of the exploration noise after --noise-anneal-steps"""
+    """size of the exploration noise after --noise-anneal-steps (parameter: neared by 1 % every 50 steps)"""
     layer_norm: Literal["none", "critic", "actor", "both"] = "none"
     """networks with layer normalisation, after each hidden layer and before its ReLU"""
     n_step: int = 1
     """n of n-step returns: rewards summed before the target critic's value takes over; 1 = DDPG"""
     target_noise: float = 0.0
-    """standard deviation of noise on the target actor's action, as a fraction of half its range (TD3: 0.2); 0 = none"""
+    """standard deviation of noise on the target actor's action, in units of half its range (TD3: 0.2); 0 = none"""
     target_noise_clip: float = 0.5
     """largest size of that noise, in the same unit (TD3: 0.5)"""
 
@@ -178,7 +180,7 @@ class QNetwork(nn.Module):
     def forward(self, obs, action):
         action = (action - self.action_bias) / self.action_scale  # to [-1, 1], whatever the environment's units
         x = torch.cat([obs, action], 1)
-        x = F.relu(self.norm1(self.fc1(x)), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.norm1(self.fc1(x)), inplace=True)  # in place saves 2 % of an update on a CPU
         x = F.relu(self.norm2(self.fc2(x)), inplace=True)
         return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
 
@@ -212,7 +214,7 @@ class Batch(NamedTuple):
     action: torch.Tensor  # (N, action_dim)
     reward: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, obs_dim)
-    discount: torch.Tensor  # (N,), of Q'(next_obs): gamma, or 0 after a terminal state; a time limit is not one
+    discount: torch.Tensor  # (N,), of Q'(next_obs): gamma^n, or 0 after a terminal state; a time limit is not one
 
 
 class ReplayBuffer:
@@ -303,7 +305,7 @@ class ParameterNoise:
         self.actor, self.scale = actor, scale
         self.perturbed, self.probe = copy.deepcopy(actor), copy.deepcopy(actor)
         self.sigma = (scale / actor.action_scale).mean()
-        self.distance = torch.zeros_like(self.sigma)  # in halves of the action range, as last measured
+        self.distance = torch.zeros_like(self.sigma)  # in units of half the action range, as last measured
 
     @torch.no_grad()
     def perturb(self, network: Actor):
@@ -321,13 +323,14 @@ class ParameterNoise:
         difference = (self.probe(obs) - self.actor(obs)) / self.actor.action_scale
         self.distance.copy_(difference.square().mean().sqrt())
         target = (self.scale / self.actor.action_scale).mean()
-        self.sigma *= torch.where(self.distance < target, 1.01, 1 / 1.01)
+        self.sigma *= torch.where(self.distance < target, 1.01, 1 / 1.01)  # the paper's factor
 
 
 class DDPG:
     """The networks, targets, optimisers and noise of Algorithm 1, and what it does with them.
 
-    Whatever is added here as an attribute becomes part of the checkpoints, and of model.pt.
+    Whatever is added here as an attribute becomes part of the checkpoints and, unless model_state leaves it out, of
+    model.pt.
     """
 
     def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
@@ -349,10 +352,10 @@ class DDPG:
                 warn("--noise parameter acts unevenly without layer normalisation: add --layer-norm actor or both")
         self.args, self.device = args, device
         self.obs = torch.zeros(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
-        self.action = np.zeros(len(low))  # the last one
+        self.action = np.zeros(len(low))  # the last that was taken
 
     def act(self, obs):
-        """The action (action_dim,) to explore with after the observation (obs_dim,), both NumPy arrays."""
+        """The action (action_dim,) to explore with at the observation (obs_dim,), both NumPy arrays."""
         copy_async(obs, self.obs[0])
         self.action = self.explore()[0].cpu().numpy()  # the only wait for the device in a step
         return self.action
@@ -403,13 +406,13 @@ class DDPG:
         if update_actor:
             actor_loss = self.actor_loss(batch.obs)
             losses["losses/actor_loss"] = actor_loss.detach()
-            losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)
+            losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)  # moves mu alone, not Q
             self.update_targets()
         return losses
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """What is logged beside the losses: the share of saturated actions, and how far the last one was from mu(s)."""
+        """Logged beside the losses: the share of saturated actions, and how far the last one taken was from mu(s)."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         scalars = {
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
@@ -504,8 +507,9 @@ def main(args: Args):
             learning = global_step > args.learning_starts
             action = agent.act(obs) if learning else env.action_space.sample()
 
-            # Execute a_t, observe r_t and s_t+1, store the transition (at an episode's end too with the real s_t+1)
+            # Execute a_t, observe r_t and s_t+1, store the transition (with the real s_t+1 even at an episode's end)
             next_obs, reward, terminated, truncated, _ = env.step(action)
+            # (without n-step returns: just obs, action, reward, next_obs, and the discount 0 if terminated else gamma)
             for transition in n_step.transitions(obs, action, reward, next_obs, terminated, truncated):
                 buffer.add(*transition)
             obs, episode_over = next_obs, terminated or truncated
@@ -513,7 +517,7 @@ def main(args: Args):
             # Sample a batch; update the critic, the actor and the targets
             if learning:
                 losses, batch = learn(global_step % args.policy_frequency == 0)
-                if args.noise == "parameter" and global_step % 50 == 0:
+                if args.noise == "parameter" and global_step % 50 == 0:  # as often as in OpenAI Baselines
                     agent.noise.adapt(batch.obs)
 
             due = run.record_step(reward, episode_over)
@@ -545,7 +549,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("seed", "num_threads", "checkpoint_interval", "eval_interval", "final_eval_episodes", "learning_starts"),
     *("exploration_noise", "exploration_noise_final", "noise_anneal_steps", "target_noise", "target_noise_clip"),
-    *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt", "batch_norm_momentum"),
+    *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt"),
 )
 # What a run records of its script: in capitals, as no flag is; a script that imports this one has its own
 Args.SCRIPT, Args.PACKAGES = SCRIPT, ("torch", "gymnasium", "mujoco", "numpy")
@@ -618,6 +622,7 @@ class Run:
         try:
             record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.args, self.device)
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.unlock = weakref.finalize(self, os.close, locked(self.dir))
             (self.dir / "result.json").unlink(missing_ok=True)
             for log in self.dir.glob(EVENT_FILES):
                 size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
@@ -645,6 +650,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         self.log.close()
+        self.unlock()
         threading.excepthook = self.excepthook
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -653,7 +659,7 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.finish()
+            wandb.finish(exit_code=int(kind is not None))
         if isinstance(error, Exception):
             error.add_note(f"This ended the run at step {self.global_step:,}. {self.how_to_resume()}")
 
@@ -820,7 +826,7 @@ registry = tyro.constructors.ConstructorRegistry()
 
 @registry.primitive_rule
 def integers(info):
-    """Makes tyro read integers by parse_int."""
+    """Makes tyro read integers with parse_int."""
     if info.type is not int:
         return None
     spec = tyro.constructors.PrimitiveConstructorSpec
@@ -848,13 +854,15 @@ def saved_args(args: Args) -> Args:
             record = load(run_dir / "model.pt", "cpu", script=args.SCRIPT)
         flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
-        return type(args)(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
+        own = dict(resume=args.resume, evaluate=args.evaluate)  # and what training filmed says nothing of evaluating
+        own |= dict(capture_video=False) if args.evaluate else {}
+        return type(args)(**flags | tuples | own)
     except (OSError, ValueError, TypeError, KeyError):
         exit_unless(False, f"{run_dir} holds no run of {args.SCRIPT}.py")
 
 
 def as_saved(args: Args) -> dict:
-    """The flags as args.json gives them back: lists for tuples, and no string an object that pickle has met before."""
+    """The flags as args.json gives them back: lists for tuples, and new strings, which pickle always writes alike."""
     return json.loads(json.dumps(asdict(args) | {"resume": None}))
 
 
@@ -878,13 +886,14 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
             exit_unless(raised >= 0, "--total-timesteps can only be raised")
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
-            exit_unless(
-                not complete, f"{run_dir} is complete; only a run trained with --keep-checkpoint can be extended"
-            )
+            extension = "to extend it takes a checkpoint, and it was to be kept by --keep-checkpoint"
+            exit_unless(not complete, f"{run_dir} is complete; {extension}")
     for field in fields(args):
         value = getattr(args, field.name)
-        if isinstance(value, float) and field.type in (int, int | None) and value.is_integer():
-            args = replace(args, **{field.name: int(value)})  # Args(total_timesteps=1e6), in a notebook
+        if isinstance(value, float) and field.type in (int, int | None):  # Args(total_timesteps=1e6), in a notebook
+            flag = f"--{field.name.replace('_', '-')}"
+            exit_unless(value.is_integer(), f"{flag} must be an integer, not {value}")
+            args = replace(args, **{field.name: int(value)})
     check_args(args)
     if args.matmul == "auto":
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
@@ -893,7 +902,7 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
     warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
-    env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
+    env = make_env(args, render=args.capture_video)  # which is not filmed: a missing GL must fail now
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -909,6 +918,10 @@ def check_args(args: Args):
             exit_unless(0 < value < np.inf, f"{flag} must be positive, not {value}")
         elif name in NOT_NEGATIVE:
             exit_unless(0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
+    momentum = getattr(args, "batch_norm_momentum", 0)
+    exit_unless(0 <= momentum <= 1, f"--batch-norm-momentum must be in [0, 1], not {momentum}")
+    adapts = getattr(args, "noise", "") != "parameter" or args.exploration_noise > 0
+    exit_unless(adapts, "--noise parameter starts from --exploration-noise, which must be positive")
     exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = args.learning_starts < args.total_timesteps
     exit_unless(learns, "--learning-starts must be below --total-timesteps, or nothing is learned")
@@ -964,8 +977,8 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
         remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri" if options else ""
         exit_unless(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
-    continuous = isinstance(action, gym.spaces.Box)
-    exit_unless(continuous, f"DDPG needs a continuous action space (Box): {env_id} has {action}")
+    continuous = isinstance(action, gym.spaces.Box) and np.issubdtype(action.dtype, np.floating)
+    exit_unless(continuous, f"DDPG needs a continuous action space (Box of floats): {env_id} has {action}")
     exit_unless(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     low, high = float32_bounds(action)
     usable = (low < high).all() and (high - low).isfinite().all() and (high + low).isfinite().all()
@@ -1078,6 +1091,18 @@ def load(path: Path, device, **expected) -> dict:
     return contents
 
 
+def locked(folder: Path) -> int:
+    """Keeps other runs out of the folder, until the file descriptor that it returns is closed or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        exit_unless(False, f"{folder} is in use: a run is being trained there")
+    except OSError:  # a network's file system may have no such locks
+        pass
+    return descriptor
+
+
 class Log(SummaryWriter):
     """TensorBoard's log; where it can't be written a warning says so, and training goes on."""
 
@@ -1086,6 +1111,13 @@ class Log(SummaryWriter):
             for tag, value in scalars.items():
                 self.add_scalar(tag, value, global_step)
             self.flush()
+            return
+        if Path(self.log_dir).is_dir():  # an error ends the writer's thread for good: the next call starts another file
+            self.all_writers = None
+            with contextlib.suppress(OSError):
+                for path in Path(self.log_dir).glob(EVENT_FILES):
+                    if path.stat().st_size == 0:  # it failed at its first byte
+                        path.unlink()
 
     def close(self):
         with contextlib.suppress(OSError):  # already reported
@@ -1152,9 +1184,9 @@ def state_of(part):
         return {"NumPy's": torch.from_numpy(np.array(part)), "array": isinstance(part, np.ndarray)}
     if part is None or isinstance(part, torch.Tensor | bool | int | float | str):
         return part
-    if isinstance(part, dict):
+    if type(part) is dict:
         return {key: state_of(value) for key, value in part.items()}
-    if isinstance(part, list):
+    if type(part) is list:
         return [state_of(value) for value in part]
     if isinstance(part, tuple):
         return tuple(state_of(value) for value in part)
@@ -1258,7 +1290,7 @@ def mkl_holds_back() -> bool:
 
 
 def multiplied_by_onednn(learn):
-    """`learn` with its matrix products by oneDNN; only it: for small products, as in acting, MKL is sooner started.
+    """`learn` with its matrix products by oneDNN; only it: for small products, as in acting, MKL starts sooner.
 
     torch hands fp32 products to oneDNN where bf16 is allowed; the capped instruction set has none: they stay fp32.
     """

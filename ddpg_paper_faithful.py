@@ -51,6 +51,7 @@ What was tried, on which tasks and with how many seeds, is in RESULTS.md with it
 
 import contextlib
 import copy
+import fcntl
 import functools
 import io
 import json
@@ -67,6 +68,7 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -108,7 +110,7 @@ class Args:
     num_threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     matmul: Literal["auto", "mkl", "onednn"] = "auto"
-    """library for an update's matrix products on a CPU; auto: oneDNN where MKL reaches only half of its speed"""
+    """library for an update's matrix products on a CPU; auto: oneDNN on AMD's from Zen 5 on, which MKL uses by half"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
@@ -120,9 +122,9 @@ class Args:
     checkpoint_interval: int = 50_000
     """steps between checkpoints, each written at the end of the episode in progress; 0 = none"""
     keep_checkpoint: bool = False
-    """keep the last checkpoint of a finished run, so that --resume can extend it"""
+    """keep the last checkpoint, if there is one, of a finished run: --resume can extend the run from there"""
     resume: str | None = None
-    """folder of an interrupted run to resume under its own flags; only --total-timesteps may be raised"""
+    """folder of an interrupted run to resume under its own flags; --total-timesteps alone may be raised"""
 
     # Evaluation
     eval_interval: int = 5_000
@@ -142,7 +144,7 @@ class Args:
     env_id: str = "HalfCheetah-v5"
     """Gymnasium environment with a flat Box observation and a bounded Box action; module:EnvId imports module first"""
     total_timesteps: int = 1_000_000
-    """environment steps of the run"""
+    """environment steps of the run (with --pixels, each repeats its action three times)"""
     actor_lr: float = 1e-4
     """Adam's learning rate for the actor (section 7)"""
     critic_lr: float = 1e-3
@@ -160,11 +162,11 @@ class Args:
     ou_theta: float = 0.15
     """pull of the Ornstein-Uhlenbeck noise back to zero (section 7)"""
     ou_sigma: float = 0.2
-    """size of the Ornstein-Uhlenbeck noise's steps, in halves of the action range (section 7)"""
+    """size of the Ornstein-Uhlenbeck noise's steps at --ou-dt 1, in units of half the action range (section 7)"""
     ou_dt: float = 1.0
     """time step of the Ornstein-Uhlenbeck noise: 1 forgets in 6 steps, 0.01 in 666 (the paper is silent)"""
     batch_norm: Literal["both", "actor", "critic", "none"] = "both"
-    """networks with batch normalisation (section 3: both); from pixels none"""
+    """networks with batch normalisation (section 3: both); with --pixels none has it"""
     batch_norm_momentum: float = 0.1
     """share of a new batch in the running averages of batch normalisation (the paper is silent)"""
     weights_init: Literal["paper", "xavier", "kaiming"] = "paper"
@@ -187,7 +189,10 @@ class Args:
 
 
 def init_weights(network: nn.Module, output: nn.Linear, output_bound: float, weights_init: str):
-    """Section 7: every layer uniform within 1/sqrt(fan-in), the output layer within output_bound, biases too."""
+    """Section 7: every layer uniform within 1/sqrt(fan-in), the output layer within output_bound, biases too.
+
+    With xavier or kaiming, the hidden layers have those weights instead, and biases of 0.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = output_bound if layer is output else layer.weight[0].numel() ** -0.5
@@ -231,7 +236,7 @@ class QNetwork(nn.Module):
         init_weights(self, self.fc3, output_bound, weights_init)
 
     def forward(self, obs, action):
-        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)  # in place: 2 % of an update on a CPU
+        x = F.relu(self.norm1(self.fc1(self.input(obs))), inplace=True)  # in place saves 2 % of an update on a CPU
         action = (action - self.action_bias) / self.action_scale  # to [-1, 1], whatever the environment's units
         x = F.relu(self.fc2(torch.cat([x, action], 1)), inplace=True)
         return self.fc3(x).squeeze(1)  # with (N, 1), y - q would broadcast to (N, N)
@@ -265,10 +270,10 @@ class Actor(nn.Module):
 
 
 class Batch(NamedTuple):
-    obs: torch.Tensor  # (N, obs_dim)
+    obs: torch.Tensor  # (N, *obs_shape)
     action: torch.Tensor  # (N, action_dim)
     reward: torch.Tensor  # (N,)
-    next_obs: torch.Tensor  # (N, obs_dim)
+    next_obs: torch.Tensor  # (N, *obs_shape)
     discount: torch.Tensor  # (N,), of Q'(next_obs): gamma, or 0 after a terminal state; a time limit is not one
 
 
@@ -363,7 +368,8 @@ class OrnsteinUhlenbeckNoise:
 class DDPG:
     """The networks, targets, optimisers and noise of Algorithm 1, and what it does with them.
 
-    Whatever is added here as an attribute becomes part of the checkpoints, and of model.pt.
+    Whatever is added here as an attribute becomes part of the checkpoints and, unless model_state leaves it out, of
+    model.pt.
     """
 
     def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
@@ -382,10 +388,10 @@ class DDPG:
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
         self.args, self.device = args, device
         self.obs = torch.zeros(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
-        self.action = np.zeros(len(low))  # the last one
+        self.action = np.zeros(len(low))  # the last that was taken
 
     def act(self, obs):
-        """The action (action_dim,) to explore with after the observation obs_shape, both NumPy arrays."""
+        """The action (action_dim,) to explore with at the observation (*obs_shape), both NumPy arrays."""
         copy_async(obs, self.obs[0])
         self.action = self.explore()[0].cpu().numpy()  # the only wait for the device in a step
         return self.action
@@ -428,7 +434,7 @@ class DDPG:
         if update_actor:
             actor_loss = self.actor_loss(batch.obs)
             losses["losses/actor_loss"] = actor_loss.detach()
-            losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)
+            losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)  # moves mu alone, not Q
             self.update_targets()
         for network in networks:
             network.eval()
@@ -436,7 +442,7 @@ class DDPG:
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """What is logged beside the losses: the share of saturated actions, and how far the last one was from mu(s)."""
+        """Logged beside the losses: the share of saturated actions, and how far the last one taken was from mu(s)."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         return {
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
@@ -463,7 +469,7 @@ class PixelObservation(gym.Wrapper):
         super().__init__(env)
         self.observation_space = gym.spaces.Box(0, 255, (9, 64, 64), np.uint8)
         if renderer := getattr(env.unwrapped, "mujoco_renderer", None):
-            renderer.width = renderer.height = 64  # sooner than drawing 480 x 480 and shrinking
+            renderer.width = renderer.height = 64  # faster than drawing 480 x 480 and shrinking
 
     def frame(self):
         frame = torch.from_numpy(self.env.render().copy()).permute(2, 0, 1)
@@ -553,7 +559,7 @@ def main(args: Args):
             learning = global_step > args.learning_starts
             action = agent.act(obs) if learning else env.action_space.sample()
 
-            # Execute a_t, observe r_t and s_t+1, store the transition (at an episode's end too with the real s_t+1)
+            # Execute a_t, observe r_t and s_t+1, store the transition (with the real s_t+1 even at an episode's end)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             buffer.add(obs, action, reward, next_obs, discount=0 if terminated else args.gamma)
             obs, episode_over = next_obs, terminated or truncated
@@ -591,7 +597,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("seed", "num_threads", "checkpoint_interval", "eval_interval", "final_eval_episodes", "learning_starts"),
     *("exploration_noise", "exploration_noise_final", "noise_anneal_steps", "target_noise", "target_noise_clip"),
-    *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt", "batch_norm_momentum"),
+    *("critic_weight_decay", "ou_theta", "ou_sigma", "ou_dt"),
 )
 # What a run records of its script: in capitals, as no flag is; a script that imports this one has its own
 Args.SCRIPT, Args.PACKAGES = SCRIPT, ("torch", "gymnasium", "mujoco", "numpy")
@@ -664,6 +670,7 @@ class Run:
         try:
             record = json.loads(args_path.read_text()) if self.args.resume else provenance(self.args, self.device)
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.unlock = weakref.finalize(self, os.close, locked(self.dir))
             (self.dir / "result.json").unlink(missing_ok=True)
             for log in self.dir.glob(EVENT_FILES):
                 size = checkpoint["log_sizes"].get(log.name) if checkpoint else None
@@ -691,6 +698,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         self.bar.close()
         self.log.close()
+        self.unlock()
         threading.excepthook = self.excepthook
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -699,7 +707,7 @@ class Run:
         if self.args.track:
             import wandb
 
-            wandb.finish()
+            wandb.finish(exit_code=int(kind is not None))
         if isinstance(error, Exception):
             error.add_note(f"This ended the run at step {self.global_step:,}. {self.how_to_resume()}")
 
@@ -866,7 +874,7 @@ registry = tyro.constructors.ConstructorRegistry()
 
 @registry.primitive_rule
 def integers(info):
-    """Makes tyro read integers by parse_int."""
+    """Makes tyro read integers with parse_int."""
     if info.type is not int:
         return None
     spec = tyro.constructors.PrimitiveConstructorSpec
@@ -894,13 +902,15 @@ def saved_args(args: Args) -> Args:
             record = load(run_dir / "model.pt", "cpu", script=args.SCRIPT)
         flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
-        return type(args)(**flags | tuples | dict(resume=args.resume, evaluate=args.evaluate))
+        own = dict(resume=args.resume, evaluate=args.evaluate)  # and what training filmed says nothing of evaluating
+        own |= dict(capture_video=False) if args.evaluate else {}
+        return type(args)(**flags | tuples | own)
     except (OSError, ValueError, TypeError, KeyError):
         exit_unless(False, f"{run_dir} holds no run of {args.SCRIPT}.py")
 
 
 def as_saved(args: Args) -> dict:
-    """The flags as args.json gives them back: lists for tuples, and no string an object that pickle has met before."""
+    """The flags as args.json gives them back: lists for tuples, and new strings, which pickle always writes alike."""
     return json.loads(json.dumps(asdict(args) | {"resume": None}))
 
 
@@ -924,13 +934,14 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
             exit_unless(raised >= 0, "--total-timesteps can only be raised")
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
-            exit_unless(
-                not complete, f"{run_dir} is complete; only a run trained with --keep-checkpoint can be extended"
-            )
+            extension = "to extend it takes a checkpoint, and it was to be kept by --keep-checkpoint"
+            exit_unless(not complete, f"{run_dir} is complete; {extension}")
     for field in fields(args):
         value = getattr(args, field.name)
-        if isinstance(value, float) and field.type in (int, int | None) and value.is_integer():
-            args = replace(args, **{field.name: int(value)})  # Args(total_timesteps=1e6), in a notebook
+        if isinstance(value, float) and field.type in (int, int | None):  # Args(total_timesteps=1e6), in a notebook
+            flag = f"--{field.name.replace('_', '-')}"
+            exit_unless(value.is_integer(), f"{flag} must be an integer, not {value}")
+            args = replace(args, **{field.name: int(value)})
     check_args(args)
     if args.matmul == "auto":
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
@@ -939,7 +950,7 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
     warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
-    env = make_env(args, render=args.capture_video)  # is not filmed, but says in time if it can't be
+    env = make_env(args, render=args.capture_video)  # which is not filmed: a missing GL must fail now
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -955,6 +966,10 @@ def check_args(args: Args):
             exit_unless(0 < value < np.inf, f"{flag} must be positive, not {value}")
         elif name in NOT_NEGATIVE:
             exit_unless(0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
+    momentum = getattr(args, "batch_norm_momentum", 0)
+    exit_unless(0 <= momentum <= 1, f"--batch-norm-momentum must be in [0, 1], not {momentum}")
+    adapts = getattr(args, "noise", "") != "parameter" or args.exploration_noise > 0
+    exit_unless(adapts, "--noise parameter starts from --exploration-noise, which must be positive")
     exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = args.learning_starts < args.total_timesteps
     exit_unless(learns, "--learning-starts must be below --total-timesteps, or nothing is learned")
@@ -1010,8 +1025,8 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
         remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri" if options else ""
         exit_unless(False, " ".join(f"cannot make {env_id}: {error}{remedy}".split()))
     obs, action = env.observation_space, env.action_space
-    continuous = isinstance(action, gym.spaces.Box)
-    exit_unless(continuous, f"DDPG needs a continuous action space (Box): {env_id} has {action}")
+    continuous = isinstance(action, gym.spaces.Box) and np.issubdtype(action.dtype, np.floating)
+    exit_unless(continuous, f"DDPG needs a continuous action space (Box of floats): {env_id} has {action}")
     exit_unless(action.is_bounded(), f"DDPG needs bounded actions: {env_id} has {action}")
     low, high = float32_bounds(action)
     usable = (low < high).all() and (high - low).isfinite().all() and (high + low).isfinite().all()
@@ -1124,6 +1139,18 @@ def load(path: Path, device, **expected) -> dict:
     return contents
 
 
+def locked(folder: Path) -> int:
+    """Keeps other runs out of the folder, until the file descriptor that it returns is closed or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        exit_unless(False, f"{folder} is in use: a run is being trained there")
+    except OSError:  # a network's file system may have no such locks
+        pass
+    return descriptor
+
+
 class Log(SummaryWriter):
     """TensorBoard's log; where it can't be written a warning says so, and training goes on."""
 
@@ -1132,6 +1159,13 @@ class Log(SummaryWriter):
             for tag, value in scalars.items():
                 self.add_scalar(tag, value, global_step)
             self.flush()
+            return
+        if Path(self.log_dir).is_dir():  # an error ends the writer's thread for good: the next call starts another file
+            self.all_writers = None
+            with contextlib.suppress(OSError):
+                for path in Path(self.log_dir).glob(EVENT_FILES):
+                    if path.stat().st_size == 0:  # it failed at its first byte
+                        path.unlink()
 
     def close(self):
         with contextlib.suppress(OSError):  # already reported
@@ -1198,9 +1232,9 @@ def state_of(part):
         return {"NumPy's": torch.from_numpy(np.array(part)), "array": isinstance(part, np.ndarray)}
     if part is None or isinstance(part, torch.Tensor | bool | int | float | str):
         return part
-    if isinstance(part, dict):
+    if type(part) is dict:
         return {key: state_of(value) for key, value in part.items()}
-    if isinstance(part, list):
+    if type(part) is list:
         return [state_of(value) for value in part]
     if isinstance(part, tuple):
         return tuple(state_of(value) for value in part)
@@ -1304,7 +1338,7 @@ def mkl_holds_back() -> bool:
 
 
 def multiplied_by_onednn(learn):
-    """`learn` with its matrix products by oneDNN; only it: for small products, as in acting, MKL is sooner started.
+    """`learn` with its matrix products by oneDNN; only it: for small products, as in acting, MKL starts sooner.
 
     torch hands fp32 products to oneDNN where bf16 is allowed; the capped instruction set has none: they stay fp32.
     """

@@ -1,6 +1,6 @@
 """A film of a trained policy, small enough for a page: a looping GIF, or an animated PNG if the name ends in .png.
 
-    python benchmark/film.py runs/NAME benchmark/results/halfcheetah.gif
+    python benchmark/film.py runs/NAME film.gif
 
 Acts as an evaluation does, without exploration noise, from the start that --seed names, and renders what happens with
 Gymnasium. Prints the returns of the episodes filmed and the size of the file.

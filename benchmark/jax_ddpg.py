@@ -9,8 +9,8 @@
     pip install -r benchmark/requirements-jax.txt
     python benchmark/jax_ddpg.py --env-id Hopper-v5 --seed 3
 
-What learns is here, in the order and the words of the PyTorch script, to be read beside it: the networks, the agent
-and the loop. What surrounds them is that script's own: flags, environments, evaluation, log, checkpoints and errors.
+What learns is here, in the same order and under the same names as in the PyTorch script: networks, agent, loop. What
+surrounds it is imported from that script: flags, environments, evaluation, log, checkpoints and errors.
 """
 
 import os

@@ -2,8 +2,8 @@
 
     PYTHONPATH=benchmark python ddpg_continuous_action.py --env-id mountain_car:RescaledMountainCar-v0
 
-As it comes, the velocity is at most 0.07 where the position reaches 1.2: a network with perturbed parameters hardly
-listens to it, and a car that is driven by its position alone never gains energy.
+As it comes, the velocity is at most 0.07 where the position reaches 1.2: a network with perturbed parameters barely
+responds to it, and a car that is driven by its position alone never gains energy.
 """
 
 import gymnasium as gym

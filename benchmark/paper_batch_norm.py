@@ -1,4 +1,4 @@
-"""ddpg_paper_faithful.py in the modes of batch normalisation that are no flags of it, where the paper is silent.
+"""ddpg_paper_faithful.py with modes of batch normalisation on which the paper is silent and that are no flags of it.
 
     python benchmark/paper_batch_norm.py --target-statistics slow --actor-loss-statistics running --seed 2
     SCRIPT=benchmark/paper_batch_norm.py ENVS=InvertedPendulum-v5 SEEDS="1 2 3" STEPS=200e3 benchmark/sweep.sh \\

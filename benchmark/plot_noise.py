@@ -4,7 +4,8 @@
 
 Gaussian noise of 0.1, and the paper's Ornstein-Uhlenbeck process (theta 0.15, sigma 0.2) at two time steps, since the
 paper states none. With dt = 0.01, as in several libraries, it is nearly constant over an episode and reaches its
-stationary spread only after a thousand steps. Both are the tuned script's own classes. In halves of the action range.
+stationary spread only after a thousand steps. Both are the tuned script's own classes, in units of half the
+action range.
 """
 
 import sys
@@ -22,7 +23,7 @@ from ddpg_continuous_action import GaussianNoise, OrnsteinUhlenbeckNoise
 PROCESSES = 2_000  # simulated side by side
 STEPS = 1_000  # shown
 LAGS = np.unique([0, *np.geomspace(1, STEPS, 60).astype(int)])  # steps, of the autocorrelation
-SETTLED = 4_000  # steps after which the slowest process, which forgets in 667, is stationary
+SETTLED = 4_000  # steps after which the slowest process, which forgets in 666, is stationary
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The peer: stable-baselines3's DDPG on the protocol of ddpg_continuous_action.py.
+"""The peer: stable-baselines3's DDPG under the protocol of ddpg_continuous_action.py.
 
     python benchmark/sb3_ddpg.py --env-id HalfCheetah-v5 --seed 1 --total-timesteps 100e3
 

@@ -1,4 +1,4 @@
-"""Steps a second of our scripts and their peers on the same work, updates against their limit, runs side by side.
+"""Steps per second of our scripts and their peers; the time of an update beside its limit; runs side by side.
 
     python benchmark/throughput.py --out benchmark/results/throughput.md
     python benchmark/throughput.py --against 16d24ab --scripts ddpg_continuous_action.py ddpg_paper_faithful.py

@@ -1,4 +1,4 @@
-"""Kills both scripts 20 times each at random moments, and compares what they leave with uninterrupted runs.
+"""Kills both scripts at random moments, 20 times in each of two tasks, and compares what is left with whole runs.
 
 python tests/soak.py [seed]
 """

@@ -108,6 +108,7 @@ class RenderModeless(Point):
 
 UNSUITABLE = {
     "DiscreteAction": dict(action=Discrete(3)),
+    "IntegerAction": dict(action=Box(0, 5, (2,), np.int64)),
     "DictAction": dict(action=Dict(a=Box(-1, 1, (1,)))),
     "UnboundedAction": dict(action=Box(-np.inf, np.inf, (1,), np.float32)),
     "HalfBoundedAction": dict(action=Box(-1, np.inf, (1,), np.float32)),

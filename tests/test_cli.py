@@ -250,17 +250,19 @@ def test_no_cuda_stays_off_the_gpu(script, run, monkeypatch):
 def wandb(tmp_path, monkeypatch):
     """The calls of a stand-in for the wandb package."""
     (tmp_path / "wandb.py").write_text(
-        "calls, finish = [], lambda: None\ninit = lambda **options: calls.append(options)\n"
+        "calls, ends = [], []\n"
+        "init = lambda **options: calls.append(options)\n"
+        "finish = lambda exit_code: ends.append(exit_code)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield importlib.import_module("wandb").calls
+    yield importlib.import_module("wandb")
     del sys.modules["wandb"]
 
 
 def test_track(script, run, wandb):
     run(script, track=True, wandb_project_name="mine", wandb_entity="us")
-    (options,) = wandb
+    (options,) = wandb.calls
     assert (options["project"], options["entity"], options["name"]) == ("mine", "us", "tiny")
     assert options["sync_tensorboard"] and options["config"]["batch_size"] == TINY["batch_size"]
 
@@ -270,10 +272,17 @@ def test_wandb_tells_runs_of_one_name_apart_and_knows_a_resumed_one_again(script
     flags = dict(track=True, checkpoint_interval=50, keep_checkpoint=True)
     one, other = (run(script, run_name=f"{sweep}/x", **flags) for sweep in "ab")
     script.main(script.Args(resume=str(one), total_timesteps=150))
-    assert [options["name"] for options in wandb] == ["x", "x", "x"]
-    ids = [options["id"] for options in wandb]
-    assert ids[0] == ids[2] != ids[1] and wandb[2]["resume"] == "allow"
+    assert [options["name"] for options in wandb.calls] == ["x", "x", "x"]
+    ids = [options["id"] for options in wandb.calls]
+    assert ids[0] == ids[2] != ids[1] and wandb.calls[2]["resume"] == "allow"
     assert [json.loads((run_dir / "args.json").read_text())["wandb_id"] for run_dir in (one, other)] == ids[:2]
+
+
+def test_wandb_is_told_of_a_run_that_failed(script, run, wandb):
+    run(script, track=True)
+    with pytest.raises(SystemExit):
+        run(script, track=True, env_id="stubs:NanReward-v0", run_name="failed")
+    assert wandb.ends == [0, 1]
 
 
 # What a run leaves behind
@@ -432,6 +441,20 @@ def test_evaluate_needs_only_the_model(script, run, cli, capsys, tmp_path):
     assert [path.name for path in alone.iterdir()] == ["model.pt"]
 
 
+def test_evaluate_films_only_if_asked_to(script, run, cli, monkeypatch):
+    """Not because training did, perhaps on a machine that could render."""
+    films = []
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", lambda env, *args, **options: films.append(args) or env)
+    monkeypatch.setattr(script, "finish_films", lambda envs: None)
+    run_dir = run(script, env_id="Pendulum-v1", capture_video=True)
+    assert len(films) == 1
+    cli(script, "--evaluate", run_dir)
+    script.main(script.Args(evaluate=str(run_dir)))
+    assert len(films) == 1
+    script.main(script.Args(evaluate=str(run_dir), capture_video=True))
+    assert len(films) == 3
+
+
 def test_evaluate_films_every_episode(script, run, cli):
     run_dir = run(script)
     cli(script, "--evaluate", run_dir, "--eval-episodes", 3, "--capture-video")
@@ -487,6 +510,7 @@ BOTH = {
     "--env-id CartPole-v1": "continuous action",
     "--env-id stubs:DiscreteAction-v0": "continuous action",
     "--env-id stubs:DictAction-v0": "continuous action",
+    "--env-id stubs:IntegerAction-v0": "continuous action",
     "--env-id stubs:UnboundedAction-v0": "bounded actions",
     "--env-id stubs:HalfBoundedAction-v0": "bounded actions",
     "--env-id stubs:HugeAction-v0": "float32's maximum",
@@ -516,6 +540,7 @@ BAD_INPUT = {
         "--exploration-noise inf": "--exploration-noise must be at least 0",
         "--exploration-noise-final -1": "--exploration-noise-final must be at least 0",
         "--noise-anneal-steps -1": "--noise-anneal-steps must be at least 0",
+        "--noise parameter --exploration-noise 0": "--exploration-noise, which must be positive",
         "--n-step 0": "--n-step must be positive",
         "--n-step 42": "--learning-starts must be at least --n-step - 1",
         "--noise-anneal-steps 40": "--noise-anneal-steps must be above --learning-starts",
@@ -532,7 +557,9 @@ BAD_INPUT = {
         "--ou-theta -0.1": "--ou-theta must be at least 0",
         "--ou-sigma nan": "--ou-sigma must be at least 0",
         "--ou-dt -1": "--ou-dt must be at least 0",
-        "--batch-norm-momentum -0.1": "--batch-norm-momentum must be",
+        "--batch-norm-momentum -0.1": "--batch-norm-momentum must be in [0, 1]",
+        "--batch-norm-momentum 2": "--batch-norm-momentum must be in [0, 1]",
+        "--batch-norm-momentum nan": "--batch-norm-momentum must be in [0, 1]",
         "--batch-size 1": "batch normalisation",
         "--env-id stubs:ImageObs-v0 ": "--pixels",
         "--pixels --env-id stubs:Unrendered-v0": "apt-get install",
@@ -757,6 +784,13 @@ def test_a_notebook_cannot_change_a_runs_flags(script, broken, flag, capsys):
     assert {path.name: path.read_bytes() for path in Path(broken).iterdir()} == before
     script.main(script.Args(resume=broken, **{flag: own}))
     assert Path(broken, "result.json").exists()
+
+
+def test_a_notebook_is_told_of_a_fraction_of_a_step(script, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        script.main(script.Args(**TINY | dict(total_timesteps=120.5)))
+    assert end.value.code == 2 and "--total-timesteps must be an integer, not 120.5" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, run, tmp_path):

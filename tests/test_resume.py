@@ -1,6 +1,9 @@
 """Nothing is lost: runs that are killed, stopped or out of disk, and their resumption, in real processes."""
 
 import atexit
+import contextlib
+import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -10,12 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
@@ -443,6 +448,19 @@ def test_an_error_of_the_environment(tmp_path, uninterrupted, script):
     assert outcome(tmp_path / "runs/x") == uninterrupted(script, PENDULUM)[0]
 
 
+def test_a_run_keeps_others_out_of_its_folder(tmp_path, uninterrupted):
+    """Resumed while it is still running, both would write there."""
+    lock = "import fcntl; fcntl.flock(os.open('runs/x', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    ended = run(tmp_path, TUNED, PENDULUM, before(STEP, 300, lock))
+    assert ended.code == 1 and "BlockingIOError" in ended.output, ended.output
+    held = os.open(tmp_path / "runs/x", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert_refused(tmp_path, TUNED, "--resume runs/x", "runs/x is in use")
+    os.close(held)
+    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
+    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
+
+
 # Full disks and folders without write permission
 
 FILL = "open('runs/filler', 'wb', 0).write(bytes(10**8))"
@@ -477,6 +495,25 @@ def test_disk_full(small_disk, uninterrupted, first):
     (small_disk / "runs/filler").unlink()
     assert run(small_disk, TUNED, "--resume runs/x").code == 0
     assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
+
+
+def test_the_log_goes_on_when_there_is_room_again(small_disk, monkeypatch):
+    """A single failed write must not end it: tensorboard's writer thread does not survive one."""
+    folder, filler = small_disk / "runs/x", small_disk / "runs/filler"
+    monkeypatch.setattr(threading, "excepthook", functools.partial(tuned.quiet_log_writer, threading.excepthook))
+    log, row = tuned.Log(str(folder)), {f"a/{i}": 1.0 for i in range(200)}  # more than a page of the disk
+    log.add(row, 1)
+    with contextlib.suppress(OSError):
+        filler.write_bytes(bytes(10**8))
+    for step in range(2, 6):
+        log.add(row, step)
+    filler.unlink()
+    for step in range(6, 9):
+        log.add(row, step)
+    log.close()
+    steps = {step for values in scalars(folder).values() for step, _ in values}
+    assert {1, 7, 8} <= steps and 4 not in steps
+    assert all(path.stat().st_size for path in folder.iterdir())
 
 
 def test_file_size_limit(tmp_path, uninterrupted):
