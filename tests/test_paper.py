@@ -124,9 +124,9 @@ def averages(network):
     return {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
 
 
-@pytest.mark.parametrize("flags, mean, var", [({}, 0.2, 1.1), (dict(batch_norm_momentum=0.3), 0.6, 1.3)])
+@pytest.mark.parametrize("flags, mean, var", [({}, 0.002, 1.001), (dict(batch_norm_momentum=0.3), 0.6, 1.3)])
 def test_running_averages_by_hand(flags, mean, var):
-    """Observations 1 and 3: mean 2, variance 2 (of a sample). A tenth of the way from (0, 1) is (0.2, 1.1)."""
+    """Observations 1 and 3: mean 2, variance 2 (of a sample). A thousandth of the way from (0, 1) is (0.002, 1.001)."""
     learner = agent(paper, batch_norm="both", **flags)
     obs = torch.tensor([[1.0] * 3, [3.0] * 3])
     learner.update(paper.Batch(obs, torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 3), torch.zeros(2)), False)

@@ -186,7 +186,7 @@ def test_flags_exist():
     """Those of the scripts, wherever the page names one."""
     own = {f"--{name.replace('_', '-')}" for script in SCRIPTS for name in script.Args.__dataclass_fields__}
     others = {"--help", "--no-cuda", "--slurm", "--export", "--pages", "--logdir", "--upload-model", "--hf-entity"}
-    others |= {"--show", "--requirement"}
+    others |= {"--show", "--requirement", "--noise-clip"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) <= own | others
 
 
