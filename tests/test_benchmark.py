@@ -791,11 +791,26 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_shipped_model_reproduces_its_published_evaluation(tmp_path):
+@pytest.mark.parametrize(
+    "model, script, run",
+    [
+        ("HalfCheetah-v5", "ddpg_continuous_action", "ddpg_continuous_action/HalfCheetah-v5__{}__1"),
+        ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
+        ("paper/InvertedPendulum-v5", "ddpg_paper_faithful", "paper/InvertedPendulum-v5__{}__batch-norm-actor__1"),
+    ],
+)
+def test_a_shipped_model_reproduces_its_published_evaluation(model, script, run, tmp_path):
     """The last row of its run's eval.csv; to the cent on a CPU like the one it was trained on, else near it."""
-    run_dir = ROOT / "benchmark/results/ddpg_continuous_action/HalfCheetah-v5__ddpg_continuous_action__1"
-    mean, std = map(float, (run_dir / "eval.csv").read_text().splitlines()[-1].split(",")[1:3])
-    line = [sys.executable, ROOT / "ddpg_continuous_action.py", "--evaluate", ROOT / "benchmark/models/HalfCheetah-v5"]
+    rows = (ROOT / "benchmark/results" / run.format(script) / "eval.csv").read_text().splitlines()
+    steps, mean, std = map(float, rows[-1].split(",")[:3])
+    line = [sys.executable, ROOT / f"{script}.py", "--evaluate", ROOT / "benchmark/models" / model]
     shown = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    found = re.fullmatch(r"HalfCheetah-v5 after 300,000 steps: (.+) ± .+ over 10 episodes\n", shown)
-    assert abs(float(found[1]) - mean) < std  # rounding grows to other trajectories, but not to another policy
+    found = re.fullmatch(rf"{model.split('/')[-1]} after {steps:,.0f} steps: (.+) ± .+ over 10 episodes\n", shown)
+    assert abs(float(found[1]) - mean) <= std  # rounding grows to other trajectories, but not to another policy
+
+
+def test_every_shipped_model_is_tested():
+    (tested,) = [mark.args[1] for mark in test_a_shipped_model_reproduces_its_published_evaluation.pytestmark]
+    models = ROOT / "benchmark/models"
+    shipped = {str(path.parent.relative_to(models)) for path in models.rglob("model.pt")}
+    assert shipped == {model for model, *_ in tested}
