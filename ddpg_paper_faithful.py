@@ -20,20 +20,25 @@
 | pixels              | action three times, 3 frames of 64 x 64, in [0, 1] (4)  | the same                           |
 | training            | up to 2.5M steps, evaluated without noise (4)           | 1M, as others on Gymnasium's tasks |
 
-| paper silent        | here                           | because                                                       |
+Where the paper is silent, what was tried and what was not:
+
+| silent, measured    | here                  | instead               | on; steps               | return here; instead |
+|---------------------|-----------------------|-----------------------|-------------------------|----------------------|
+| targets' statistics | the batch's own       | copied; slow averages | Pendulum-v1; 20,000     | -357; -923, -978     |
+| running averages    | momentum 0.001        | 0.1, torch's          | HalfCheetah-v5; 200,000 | 1,608; 784           |
+| OU time step        | 1: forgets in 6 steps | 0.01                  | Pendulum-v1; 20,000     | -357; -555           |
+| warm-up             | 1,000 random steps    | 64; 10,000            | Pendulum-v1; 20,000     | -357; -369, -1,290   |
+
+| silent, reasoned    | here                           | because                                                       |
 |---------------------|--------------------------------|---------------------------------------------------------------|
-| targets' statistics | the batch's own                | tried, 20,000 steps: best on one task, level on the other     |
-| Q's in mu's loss    | the batch's own                | as in the critic's own loss; rllab has running averages there |
-| running averages    | momentum 0.001                 | tried, 200,000 steps: where one learns, no worse than 0.1     |
+| Q's in mu's loss    | the batch's own statistics     | as in the critic's own loss; rllab has running averages there |
 | normalisation where | before ReLU, not at the output | as its inventors do; section 7 has the output start near zero |
-| OU time step        | 1: decorrelates in 6 steps     | tried, 20,000 steps: better on both tasks than 0.01           |
-| warm-up             | 1,000 uniformly random steps   | tried, 20,000 steps: level with 64, better than 10,000        |
 | terminal states     | no value after `terminated`    | nothing is earned there; Algorithm 1 would bootstrap always   |
 | L2: where; factor   | weights; gradient of w/2 x^2   | "weight decay": rllab and OpenAI Baselines spare biases too   |
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-What was tried, on which tasks and with how many seeds, is in RESULTS.md with its figures.
+Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|

@@ -2,14 +2,30 @@
 
 import copy
 import io
+import json
 import random
+import re
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import stubs
 import torch
-from conftest import CPU, agent, command, eval_rows, model, networks, numpy, process, random_batch, scalars, weights
+from conftest import (
+    CPU,
+    ROOT,
+    agent,
+    command,
+    eval_rows,
+    model,
+    networks,
+    numpy,
+    process,
+    random_batch,
+    scalars,
+    weights,
+)
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 
 import ddpg_paper_faithful as paper
@@ -456,3 +472,30 @@ def test_pixels_of_a_real_environment():
     moved, *_ = env.step(env.action_space.high)
     assert obs.shape == PIXELS and obs.dtype == np.uint8 and obs.std() > 5
     assert (moved[:3] != moved[6:]).any()
+
+
+# Its docstring
+
+
+def test_the_docstrings_figures_are_those_of_the_committed_data():
+    decisions = pd.read_csv(ROOT / "benchmark/results/paper_decisions.csv").set_index(["environment", "variant"])
+    pendulum = decisions["mean"]["Pendulum-v1"]
+    cheetah = [
+        np.mean([json.loads(path.read_text())["final_return"] for path in ROOT.glob(f"{runs}__[123]/result.json")])
+        for momentum in ("", "__batch-norm-momentum-0.1")
+        for runs in [f"benchmark/results/paper/HalfCheetah-v5__ddpg_paper_faithful{momentum}"]
+    ]
+    copied, slow = (f"targets use {which} running averages" for which in ("copied", "slowly following"))
+    warm_up = [f"learning starts after {steps} steps" for steps in ("64", "10,000")]
+    measured = {
+        "targets' statistics": pendulum[["default", copied, slow]],
+        "running averages": cheetah,
+        "OU time step": pendulum[["default", "OU time step 0.01"]],
+        "warm-up": pendulum[["default", *warm_up]],
+    }
+    table = paper.__doc__.partition("| silent, measured")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = {cells[1]: cells[-2] for cells in (re.split(r" *\| *", line) for line in table)}
+    assert shown == {
+        name: f"{here:,.0f}; {', '.join(f'{mean:,.0f}' for mean in instead)}"
+        for name, (here, *instead) in measured.items()
+    }
