@@ -206,7 +206,7 @@ class DDPG:
         return {name: state for name, state in self.state_dict().items() if name in ("actor", "qf")}
 
     def state_dict(self):
-        return tuned.state_of(jax.tree.map(lambda array: torch.from_numpy(np.array(array)), self.state))
+        return tuned.state_of(dict(jax.tree.map(lambda array: torch.from_numpy(np.array(array)), self.state)))
 
     def load_state_dict(self, state):
         self.state |= jax.tree.map(lambda tensor: jnp.array(tensor.numpy()), tuned.restored(self.state, state))
