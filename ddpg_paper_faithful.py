@@ -1245,7 +1245,8 @@ def state_of(part):
         return tuple(state_of(value) for value in part)
     if isinstance(part, CONSTANT):
         return None
-    if not hasattr(part, "__dict__") or part.__reduce_ex__(4)[0].__name__ != "__newobj__":  # has more than attributes
+    attributes_alone = hasattr(part, "__dict__") and part.__reduce_ex__(4)[0].__name__ == "__newobj__"
+    if not attributes_alone or isinstance(part, dict | list):
         raise TypeError(f"no checkpoint can hold {part!r}: wrap it in a class with state_dict() and load_state_dict()")
     return {name: state_of(value) for name, value in vars(part).items()}
 
