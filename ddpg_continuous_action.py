@@ -87,7 +87,7 @@ class Args:
     num_threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     matmul: Literal["auto", "mkl", "onednn"] = "auto"
-    """library for an update's matrix products on a CPU; auto: oneDNN on AMD's from Zen 5 on, which MKL uses by half"""
+    """library for an update's matrix products on CPU; auto: oneDNN on AMD from Zen 5 on, where MKL is half as fast"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
@@ -149,7 +149,7 @@ class Args:
     noise_anneal_steps: int = 0
     """steps over which the noise goes linearly to --exploration-noise-final, random steps included; 0 = constant"""
     exploration_noise_final: float = 0.0
-    """size of the exploration noise after --noise-anneal-steps (parameter: neared by 1 % every 50 steps)"""
+    """size of the exploration noise after --noise-anneal-steps (parameter: approached by 1 % every 50 steps)"""
     layer_norm: Literal["none", "critic", "actor", "both"] = "none"
     """networks with layer normalisation, after each hidden layer and before its ReLU"""
     n_step: int = 1
@@ -509,7 +509,7 @@ def main(args: Args):
 
             # Execute a_t, observe r_t and s_t+1, store the transition (with the real s_t+1 even at an episode's end)
             next_obs, reward, terminated, truncated, _ = env.step(action)
-            # (without n-step returns: just obs, action, reward, next_obs, and the discount 0 if terminated else gamma)
+            # With --n-step 1 it is just (obs, action, reward, next_obs, 0 if terminated else gamma)
             for transition in n_step.transitions(obs, action, reward, next_obs, terminated, truncated):
                 buffer.add(*transition)
             obs, episode_over = next_obs, terminated or truncated
@@ -854,8 +854,9 @@ def saved_args(args: Args) -> Args:
             record = load(run_dir / "model.pt", "cpu", script=args.SCRIPT)
         flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
-        own = dict(resume=args.resume, evaluate=args.evaluate)  # and what training filmed says nothing of evaluating
-        own |= dict(capture_video=False) if args.evaluate else {}
+        own = dict(resume=args.resume, evaluate=args.evaluate)
+        if args.evaluate:
+            own["capture_video"] = False  # or it would film because training did
         return type(args)(**flags | tuples | own)
     except (OSError, ValueError, TypeError, KeyError):
         exit_unless(False, f"{run_dir} holds no run of {args.SCRIPT}.py")
@@ -886,8 +887,8 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
             exit_unless(raised >= 0, "--total-timesteps can only be raised")
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
-            extension = "to extend it takes a checkpoint, and it was to be kept by --keep-checkpoint"
-            exit_unless(not complete, f"{run_dir} is complete; {extension}")
+            extending = "extending it takes a checkpoint kept by --keep-checkpoint and a higher --total-timesteps"
+            exit_unless(not complete, f"{run_dir} is complete; {extending}")
     for field in fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and field.type in (int, int | None):  # Args(total_timesteps=1e6), in a notebook

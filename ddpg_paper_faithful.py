@@ -38,7 +38,8 @@ Where the paper is silent, what was tried and what was not:
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
+Each seed, what came out on other tasks, and what is undecided are in RESULTS.md. The runs of 20,000 steps were made
+before 1.0.0, with momentum 0.1.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
@@ -115,7 +116,7 @@ class Args:
     num_threads: int = 0
     """CPU threads for torch; 0 leaves torch's own choice, 1 is best for several runs on one machine"""
     matmul: Literal["auto", "mkl", "onednn"] = "auto"
-    """library for an update's matrix products on a CPU; auto: oneDNN on AMD's from Zen 5 on, which MKL uses by half"""
+    """library for an update's matrix products on CPU; auto: oneDNN on AMD from Zen 5 on, where MKL is half as fast"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases"""
     wandb_project_name: str = "ddpg"
@@ -907,8 +908,9 @@ def saved_args(args: Args) -> Args:
             record = load(run_dir / "model.pt", "cpu", script=args.SCRIPT)
         flags = record["args"]
         tuples = {name: tuple(flags[name]) for name in flags if isinstance(getattr(Args, name, None), tuple)}
-        own = dict(resume=args.resume, evaluate=args.evaluate)  # and what training filmed says nothing of evaluating
-        own |= dict(capture_video=False) if args.evaluate else {}
+        own = dict(resume=args.resume, evaluate=args.evaluate)
+        if args.evaluate:
+            own["capture_video"] = False  # or it would film because training did
         return type(args)(**flags | tuples | own)
     except (OSError, ValueError, TypeError, KeyError):
         exit_unless(False, f"{run_dir} holds no run of {args.SCRIPT}.py")
@@ -939,8 +941,8 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
             exit_unless(raised >= 0, "--total-timesteps can only be raised")
             run_dir = Path(args.resume)
             complete = (run_dir / "result.json").exists() and not (raised and (run_dir / "checkpoint.pt").exists())
-            extension = "to extend it takes a checkpoint, and it was to be kept by --keep-checkpoint"
-            exit_unless(not complete, f"{run_dir} is complete; {extension}")
+            extending = "extending it takes a checkpoint kept by --keep-checkpoint and a higher --total-timesteps"
+            exit_unless(not complete, f"{run_dir} is complete; {extending}")
     for field in fields(args):
         value = getattr(args, field.name)
         if isinstance(value, float) and field.type in (int, int | None):  # Args(total_timesteps=1e6), in a notebook

@@ -248,7 +248,7 @@ def test_no_cuda_stays_off_the_gpu(script, run, monkeypatch):
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """The calls of a stand-in for the wandb package."""
+    """A stand-in for the wandb package, which records its calls."""
     (tmp_path / "wandb.py").write_text(
         "calls, ends = [], []\n"
         "init = lambda **options: calls.append(options)\n"

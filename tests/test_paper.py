@@ -480,10 +480,10 @@ def test_pixels_of_a_real_environment():
 def test_the_docstrings_figures_are_those_of_the_committed_data():
     decisions = pd.read_csv(ROOT / "benchmark/results/paper_decisions.csv").set_index(["environment", "variant"])
     pendulum = decisions["mean"]["Pendulum-v1"]
+    runs = "benchmark/results/paper/HalfCheetah-v5__ddpg_paper_faithful{}__[123]/result.json"
     cheetah = [
-        np.mean([json.loads(path.read_text())["final_return"] for path in ROOT.glob(f"{runs}__[123]/result.json")])
-        for momentum in ("", "__batch-norm-momentum-0.1")
-        for runs in [f"benchmark/results/paper/HalfCheetah-v5__ddpg_paper_faithful{momentum}"]
+        np.mean([json.loads(path.read_text())["final_return"] for path in ROOT.glob(runs.format(variant))])
+        for variant in ("", "__batch-norm-momentum-0.1")
     ]
     copied, slow = (f"targets use {which} running averages" for which in ("copied", "slowly following"))
     warm_up = [f"learning starts after {steps} steps" for steps in ("64", "10,000")]
