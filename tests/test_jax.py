@@ -80,7 +80,7 @@ def test_ten_updates_are_the_torch_scripts(flags):
     for name in "actor", "qf":
         optimizer, names = getattr(torchs, f"{name}_optimizer"), list(parameters(getattr(torchs, name)))
         (steps, means, squares), *_ = state[f"{name}_optimizer"]
-        assert steps == optimizer.steps[0]
+        assert steps == optimizer.step
         for mine_, theirs in (means, optimizer.means), (squares, optimizer.squares):
             theirs = torch.cat([theirs[names.index(each)].flatten() for each in sorted(names)])
             np.testing.assert_allclose(mine_, theirs, rtol=0, atol=1e-5)
