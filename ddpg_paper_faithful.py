@@ -385,10 +385,12 @@ class DDPG:
         norm = functools.partial(nn.BatchNorm1d, momentum=args.batch_norm_momentum)
         actor_norm = norm if args.batch_norm in ("both", "actor") else nn.Identity
         qf_norm = norm if args.batch_norm in ("both", "critic") else nn.Identity
-        self.actor = Actor(obs_shape, low, high, actor_norm, args.weights_init).to(device).eval()
-        self.qf = QNetwork(obs_shape, low, high, qf_norm, args.weights_init).to(device).eval()
+        self.actor = Actor(obs_shape, low, high, actor_norm, args.weights_init).to(device)
+        self.qf = QNetwork(obs_shape, low, high, qf_norm, args.weights_init).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_qf = copy.deepcopy(self.qf).requires_grad_(False)
+        for network in self.actor, self.qf:
+            network.eval()  # uses running averages, but for update; the targets are needed only there
         self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
         self.qf_optimizer = Adam(self.qf.parameters(), args.critic_lr, args.critic_weight_decay)
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
@@ -431,8 +433,7 @@ class DDPG:
         Here the networks normalise by the batch's own statistics; everywhere else, by their running averages.
         Returns what is logged, still on the device: nothing here waits for it. Gradients are logged as their norm.
         """
-        networks = [part for part in vars(self).values() if isinstance(part, nn.Module)]
-        for network in networks:
+        for network in self.actor, self.qf:
             network.train()
         qf_loss, q = self.critic_loss(batch)
         losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
@@ -442,7 +443,7 @@ class DDPG:
             losses["losses/actor_loss"] = actor_loss.detach()
             losses["losses/actor_grad_norm"] = self.actor_optimizer.descend(actor_loss)  # moves mu alone, not Q
             self.update_targets()
-        for network in networks:
+        for network in self.actor, self.qf:
             network.eval()
         return losses
 
