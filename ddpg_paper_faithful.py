@@ -22,24 +22,27 @@
 
 Where the paper is silent, what was tried and what was not:
 
-| silent, measured    | here                  | instead               | on; steps               | return here; instead |
-|---------------------|-----------------------|-----------------------|-------------------------|----------------------|
-| targets' statistics | the batch's own       | copied; slow averages | Pendulum-v1; 20,000     | -357; -923, -978     |
-| running averages    | momentum 0.001        | 0.1, torch's          | HalfCheetah-v5; 200,000 | 1,608; 784           |
-| OU time step        | 1: forgets in 6 steps | 0.01                  | Pendulum-v1; 20,000     | -357; -555           |
-| warm-up             | 1,000 random steps    | 64; 10,000            | Pendulum-v1; 20,000     | -357; -369, -1,290   |
+| silent, measured    | here                  | instead               | on; steps                    | returns         |
+|---------------------|-----------------------|-----------------------|------------------------------|-----------------|
+| targets' statistics | the batch's own       | copied; rllab's modes | InvertedPendulum-v5; 200,000 | 47; 738, 973    |
+| running averages    | momentum 0.001        | 0.1, torch's          | HalfCheetah-v5; 200,000      | 1,608; 784      |
+| OU time step        | 1: forgets in 6 steps | 0.01                  | InvertedPendulum-v5; 100,000 | 790; 859        |
+| warm-up             | 1,000 random steps    | 64; 10,000            | InvertedPendulum-v5; 100,000 | 790; 1,000, 607 |
 
 | silent, reasoned    | here                           | because                                                       |
 |---------------------|--------------------------------|---------------------------------------------------------------|
-| Q's in mu's loss    | the batch's own statistics     | as in the critic's own loss; rllab has running averages there |
+| Q's in mu's loss    | the batch's own statistics     | as in the critic's own loss; measured within rllab's modes    |
 | normalisation where | before ReLU, not at the output | as its inventors do; section 7 has the output start near zero |
 | terminal states     | no value after `terminated`    | nothing is earned there; Algorithm 1 would bootstrap always   |
 | L2: where; factor   | weights; gradient of w/2 x^2   | "weight decay": rllab and OpenAI Baselines spare biases too   |
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-Each seed, what came out on other tasks, and what is undecided are in RESULTS.md. The runs of 20,000 steps were made
-before 1.0.0, with momentum 0.1.
+rllab's modes: the targets, and Q in mu's loss, normalise by running averages, which the targets' follow with tau
+(benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not learnt at all.
+rllab's modes: the targets, and Q in mu's loss, normalise by running averages, which the targets' follow with tau
+(benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not learnt at all.
+Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|

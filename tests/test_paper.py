@@ -2,7 +2,7 @@
 
 import copy
 import io
-import json
+import math
 import random
 import re
 
@@ -478,20 +478,21 @@ def test_pixels_of_a_real_environment():
 
 
 def test_the_docstrings_figures_are_those_of_the_committed_data():
-    decisions = pd.read_csv(ROOT / "benchmark/results/paper_decisions.csv").set_index(["environment", "variant"])
-    pendulum = decisions["mean"]["Pendulum-v1"]
-    runs = "benchmark/results/paper/HalfCheetah-v5__ddpg_paper_faithful{}__[123]/result.json"
-    cheetah = [
-        np.mean([json.loads(path.read_text())["final_return"] for path in ROOT.glob(runs.format(variant))])
-        for variant in ("", "__batch-norm-momentum-0.1")
-    ]
-    copied, slow = (f"targets use {which} running averages" for which in ("copied", "slowly following"))
-    warm_up = [f"learning starts after {steps} steps" for steps in ("64", "10,000")]
+    def final_return(name, up_to=math.inf):
+        """The mean over seeds of the last ten evaluations, up to that step."""
+        evaluations = [pd.read_csv(path) for path in ROOT.glob(f"benchmark/results/{name}__[123]/eval.csv")]
+        return np.mean([rows[rows["global_step"] <= up_to]["mean"].tail(10).mean() for rows in evaluations])
+
+    pendulum, cheetah = (f"{env_id}-v5__ddpg_paper_faithful" for env_id in ("InvertedPendulum", "HalfCheetah"))
+    modes = "paper_modes/InvertedPendulum-v5__paper_batch_norm__*target-statistics-"
+    actor_alone = final_return(f"paper/{pendulum}__batch-norm-actor", up_to=100_000)
+    variants = ("ou-dt-0.01", "learning-starts-64", "learning-starts-10e3")
+    time_step, *warm_up = (final_return(f"paper_100k/{pendulum}__batch-norm-actor_{flags}") for flags in variants)
     measured = {
-        "targets' statistics": pendulum[["default", copied, slow]],
-        "running averages": cheetah,
-        "OU time step": pendulum[["default", "OU time step 0.01"]],
-        "warm-up": pendulum[["default", *warm_up]],
+        "targets' statistics": [final_return(name) for name in (f"paper/{pendulum}", f"{modes}copied", f"{modes}slow")],
+        "running averages": [final_return(f"paper/{cheetah}{flags}") for flags in ("", "__batch-norm-momentum-0.1")],
+        "OU time step": [actor_alone, time_step],
+        "warm-up": [actor_alone, *warm_up],
     }
     table = paper.__doc__.partition("| silent, measured")[2].partition("\n\n")[0].splitlines()[2:]
     shown = {cells[1]: cells[-2] for cells in (re.split(r" *\| *", line) for line in table)}
