@@ -38,11 +38,9 @@ Where the paper is silent, what was tried and what was not:
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-rllab's modes: the targets, and Q in mu's loss, normalise by running averages, which the targets' follow with tau
-(benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not learnt at all.
-rllab's modes: the targets, and Q in mu's loss, normalise by running averages, which the targets' follow with tau
-(benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not learnt at all.
-Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
+rllab's modes: the targets, and Q in mu's loss, normalise by running averages, and the targets' follow the networks'
+with tau (benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not
+learnt. Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
