@@ -64,6 +64,7 @@ def own_process_state():
         signal.signal(number, handler)
     threading.excepthook = excepthook
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
     torch.backends.cudnn.deterministic = deterministic
 
 

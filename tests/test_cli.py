@@ -236,6 +236,14 @@ def test_num_threads(script, run):
         assert torch.get_num_threads() == threads
 
 
+def test_numbers_below_1e_38_are_zero_in_every_thread(script):
+    """Where nothing has started torch's threads yet: in a process of its own."""
+    code = f"import torch, {script.SCRIPT} as script\nscript.set_up(script.Args(env_id='Pendulum-v1', num_threads=2))\n"
+    code += "print((torch.full((1_000_000,), 2e-38) / 10).count_nonzero().item())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).stdout == b"0\n"
+
+
 def test_no_cuda_stays_off_the_gpu(script, run, monkeypatch):
     """With a GPU feigned, only --no-cuda trains here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
