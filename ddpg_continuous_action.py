@@ -16,7 +16,7 @@ instead of Ornstein-Uhlenbeck exploration noise. The paper's own settings are ne
 |------------------------------------------------------------------------|------------------------|
 | initialise critic Q(s, a), actor mu(s) and their targets Q' and mu'    | DDPG.__init__          |
 | initialise the replay buffer R                                         | ReplayBuffer.__init__  |
-| initialise a random process N, receive the first observation s_1       | main; its noise        |
+| initialise a random process N, receive the first observation s_1       | main; agent.noise      |
 | select the action a_t = mu(s_t) + N_t                                  | DDPG.explore           |
 | execute a_t, observe the reward r_t and the next observation s_t+1     | main                   |
 | store the transition (s_t, a_t, r_t, s_t+1) in R                       | ReplayBuffer.add       |
@@ -296,7 +296,7 @@ class OrnsteinUhlenbeckNoise:
 
 
 class ParameterNoise:
-    """Acts with a copy of the actor that has N(0, sigma^2) on its parameters, drawn anew for each episode.
+    """A copy of the actor to act with, with N(0, sigma^2) added to its parameters, drawn anew for each episode.
 
     sigma adapts so that this changes actions by `scale` (action_dim,): Plappert et al. 2018 (arXiv 1706.01905).
     """
@@ -323,7 +323,7 @@ class ParameterNoise:
         difference = (self.probe(obs) - self.actor(obs)) / self.actor.action_scale
         self.distance.copy_(difference.square().mean().sqrt())
         target = (self.scale / self.actor.action_scale).mean()
-        self.sigma *= torch.where(self.distance < target, 1.01, 1 / 1.01)  # the paper's factor
+        self.sigma *= torch.where(self.distance < target, 1.01, 1 / 1.01)  # Plappert et al.'s factor
 
 
 class DDPG:
@@ -352,7 +352,7 @@ class DDPG:
                 warn("--noise parameter acts unevenly without layer normalisation: add --layer-norm actor or both")
         self.args, self.device = args, device
         self.obs = torch.zeros(1, obs_dim, device=device)  # written in place: a CUDA graph reads from one address
-        self.action = np.zeros(len(low))  # the last that was taken
+        self.action = np.zeros(len(low))  # what act returned last
 
     def act(self, obs):
         """The action (action_dim,) to explore with at the observation (obs_dim,), both NumPy arrays."""
@@ -412,7 +412,7 @@ class DDPG:
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """Logged beside the losses: the share of saturated actions, and how far the last one taken was from mu(s)."""
+        """Logged beside the losses: the share of saturated actions, and how far act's last action was from mu(s)."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         scalars = {
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
@@ -439,8 +439,8 @@ class DDPG:
 def wrap(env: gym.Env, args: Args) -> gym.Env:
     """The place for wrappers, in training and evaluation alike.
 
-    One with state of its own, like NormalizeObservation, has a separate one in each environment, and no checkpoint
-    holds it: such state belongs in DDPG.
+    A wrapper with state of its own, like NormalizeObservation, keeps a separate one in each environment, and no
+    checkpoint holds it: such state belongs in DDPG.
     """
     return env
 
@@ -483,7 +483,7 @@ def main(args: Args):
     args, device, env = set_up(args)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    # Initialise critic Q(s, a) and actor mu(s), copy both to the targets, empty the replay buffer
+    # Initialise critic Q(s, a), actor mu(s), their targets and the replay buffer R
     agent = DDPG(args, env.observation_space, env.action_space, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     n_step = NStep(args.n_step, args.gamma)
@@ -900,7 +900,7 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs 6 times as slow by them
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs are slow with them
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
     warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
@@ -1159,7 +1159,7 @@ def provenance(args: Args, device) -> dict:
 
 
 def copy_async(array: np.ndarray, destination: torch.Tensor):
-    """Copy to the device without waiting for it: from memory that is pinned, where that is a GPU."""
+    """Copy to the device without waiting for it; to a GPU, from pinned memory."""
     source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
     destination.copy_(source, non_blocking=True)
 
@@ -1268,7 +1268,7 @@ class Adam:
 
     @torch.no_grad()
     def descend(self, loss):
-        """A step down the loss, by its gradients of these parameters alone, which it returns."""
+        """A step down the loss, by its gradients with respect to these parameters alone; returns the gradients."""
         gradients = torch.autograd.grad(loss, self.parameters)
         down = list(gradients)
         for i, parameter in enumerate(self.parameters):
@@ -1325,7 +1325,7 @@ def accelerated(explore, learn, args: Args, device: torch.device):
 
 
 def cuda_graphed(function, warmup=3):
-    """`function` replayed as a CUDA graph, one for each of its arguments; its first calls run, and count, as usual."""
+    """`function` replayed as a CUDA graph, one for each set of arguments; the first calls run, and count, as usual."""
     calls, graphs, outputs = {}, {}, {}
 
     def call(*args):

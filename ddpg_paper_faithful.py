@@ -20,7 +20,7 @@
 | pixels              | action three times, 3 frames of 64 x 64, in [0, 1] (4)  | the same                           |
 | training            | up to 2.5M steps, evaluated without noise (4)           | 1M, as others on Gymnasium's tasks |
 
-Where the paper is silent, what was tried and what was not:
+Where the paper is silent, what was tried (returns: of what is here; of what is instead) and what was not:
 
 | silent, measured    | here                  | instead               | on; steps                    | returns         |
 |---------------------|-----------------------|-----------------------|------------------------------|-----------------|
@@ -31,22 +31,23 @@ Where the paper is silent, what was tried and what was not:
 
 | silent, reasoned    | here                           | because                                                       |
 |---------------------|--------------------------------|---------------------------------------------------------------|
-| Q's in mu's loss    | the batch's own statistics     | as in the critic's own loss; measured within rllab's modes    |
-| normalisation where | before ReLU, not at the output | as its inventors do; section 7 has the output start near zero |
+| Q in mu's loss      | by the batch's own statistics  | as in the critic's own loss; measured within rllab's modes    |
+| where to normalise  | before ReLU, not at the output | as its inventors do; section 7 has the output start near zero |
 | terminal states     | no value after `terminated`    | nothing is earned there; Algorithm 1 would bootstrap always   |
-| L2: where; factor   | weights; gradient of w/2 x^2   | "weight decay": rllab and OpenAI Baselines spare biases too   |
+| L2: where; factor   | weights; gradient of c/2 w^2   | "weight decay": rllab and OpenAI Baselines spare biases too   |
 | actions in Q        | rescaled to [-1, 1]            | or their units would set their weight in Q's input            |
 | pixels: kernel; a   | 3 x 3, stride 2; at layer two  | 471,000 weights, near the paper's 430,000; as from states     |
 
-rllab's modes: the targets, and Q in mu's loss, normalise by running averages, and the targets' follow the networks'
-with tau (benchmark/paper_batch_norm.py). In the last two rows only mu is normalised: with both, that task is not
-learnt. Each seed, what came out on other tasks, and what is undecided are in RESULTS.md.
+Copied: the targets normalise by the running averages of the networks that they follow. rllab's modes: by averages of
+their own, which follow those with tau, and Q in mu's loss by its running averages (benchmark/paper_batch_norm.py). OU
+time step and warm-up were measured with only mu normalised: with both, that task is not learnt. Each seed, what came
+out on other tasks, and what is undecided are in RESULTS.md.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
 | initialise critic Q(s, a), actor mu(s) and their targets Q' and mu'    | DDPG.__init__          |
 | initialise the replay buffer R                                         | ReplayBuffer.__init__  |
-| initialise a random process N, receive the first observation s_1       | main; its noise        |
+| initialise a random process N, receive the first observation s_1       | main; agent.noise      |
 | select the action a_t = mu(s_t) + N_t                                  | DDPG.explore           |
 | execute a_t, observe the reward r_t and the next observation s_t+1     | main                   |
 | store the transition (s_t, a_t, r_t, s_t+1) in R                       | ReplayBuffer.add       |
@@ -222,7 +223,7 @@ class Convolutions(nn.Sequential):
 
 
 def input_layers(obs_shape: tuple[int, ...], norm):
-    """What meets the observation, the normalisation, the sizes (input, first, second), the output layer's bound."""
+    """The layers before fc1, the normalisation, the sizes of fc1's input and both hidden layers, the output's bound."""
     if len(obs_shape) == 3:
         return Convolutions(), nn.Identity, (2048, 200, 200), 3e-4
     return norm(*obs_shape), norm, (*obs_shape, 400, 300), 3e-3
@@ -317,10 +318,10 @@ class ReplayBuffer:
 
 
 class PixelReplayBuffer(ReplayBuffer):
-    """The same for pixels: the rows say where observations lie in a ring of uint8 frames (capacity + 1, 9, 64, 64).
+    """A buffer for pixels: its rows say where observations lie in a ring of uint8 frames (capacity + 1, 9, 64, 64).
 
-    The observation after a step is the one before the next and lies there once, so that an episode of n steps takes
-    n + 1 places. When all are taken, the oldest hundredth is given up at once, with the transitions that start there.
+    The observation that ends a step also starts the next and is stored once, so an episode of n steps takes n + 1
+    places. When all are taken, the oldest hundredth is freed in one go, with the transitions that start there.
     """
 
     def __init__(self, capacity: int, obs_shape: tuple[int, ...], action_dim: int, device: torch.device):
@@ -397,12 +398,12 @@ class DDPG:
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
         self.args, self.device = args, device
         self.obs = torch.zeros(1, *obs_shape, device=device)  # written in place: a CUDA graph reads from one address
-        self.action = np.zeros(len(low))  # the last that was taken
+        self.action = np.zeros(len(low))  # what act returned last
 
     def act(self, obs):
         """The action (action_dim,) to explore with at the observation (*obs_shape), both NumPy arrays."""
         copy_async(obs, self.obs[0])
-        self.action = self.explore()[0].cpu().numpy()  # the only wait for the device in a step
+        self.action = self.explore()[0].cpu().numpy()  # the only wait for the device in a step, from states
         return self.action
 
     @torch.no_grad()
@@ -431,7 +432,8 @@ class DDPG:
     def update(self, batch: Batch, update_actor: bool = True):
         """One update of Algorithm 1: the critic, then, unless update_actor is off, the actor and both targets.
 
-        Here the networks normalise by the batch's own statistics; everywhere else, by their running averages.
+        Here the networks normalise by the batch's own statistics; everywhere else, by their running averages. Q's move
+        twice in an update: in its own loss and in the actor's.
         Returns what is logged, still on the device: nothing here waits for it. Gradients are logged as their norm.
         """
         for network in self.actor, self.qf:
@@ -450,7 +452,7 @@ class DDPG:
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """Logged beside the losses: the share of saturated actions, and how far the last one taken was from mu(s)."""
+        """Logged beside the losses: the share of saturated actions, and how far act's last action was from mu(s)."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         return {
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
@@ -471,7 +473,7 @@ class DDPG:
 
 
 class PixelObservation(gym.Wrapper):
-    """A step repeats the action three times, sums the rewards and observes the three 64 x 64 frames (section 4)."""
+    """A step repeats the action three times, observes the three 64 x 64 frames (section 4) and sums the rewards."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -501,8 +503,8 @@ class PixelObservation(gym.Wrapper):
 def wrap(env: gym.Env, args: Args) -> gym.Env:
     """The place for wrappers, in training and evaluation alike.
 
-    One with state of its own, like NormalizeObservation, has a separate one in each environment, and no checkpoint
-    holds it: such state belongs in DDPG.
+    A wrapper with state of its own, like NormalizeObservation, keeps a separate one in each environment, and no
+    checkpoint holds it: such state belongs in DDPG.
     """
     return PixelObservation(env) if args.pixels else env
 
@@ -545,7 +547,7 @@ def main(args: Args):
     args, device, env = set_up(args)
     obs_shape, action_dim = env.observation_space.shape, env.action_space.shape[0]
 
-    # Initialise critic Q(s, a) and actor mu(s), copy both to the targets, empty the replay buffer
+    # Initialise critic Q(s, a), actor mu(s), their targets and the replay buffer R
     agent = DDPG(args, env.observation_space, env.action_space, device)
     buffer_class, obs_size = (PixelReplayBuffer, obs_shape) if args.pixels else (ReplayBuffer, obs_shape[0])
     buffer = buffer_class(args.buffer_size, obs_size, action_dim, device)
@@ -956,7 +958,7 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs 6 times as slow by them
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs are slow with them
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
     warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
@@ -1215,7 +1217,7 @@ def provenance(args: Args, device) -> dict:
 
 
 def copy_async(array: np.ndarray, destination: torch.Tensor):
-    """Copy to the device without waiting for it: from memory that is pinned, where that is a GPU."""
+    """Copy to the device without waiting for it; to a GPU, from pinned memory."""
     source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
     destination.copy_(source, non_blocking=True)
 
@@ -1324,7 +1326,7 @@ class Adam:
 
     @torch.no_grad()
     def descend(self, loss):
-        """A step down the loss, by its gradients of these parameters alone, which it returns."""
+        """A step down the loss, by its gradients with respect to these parameters alone; returns the gradients."""
         gradients = torch.autograd.grad(loss, self.parameters)
         down = list(gradients)
         for i, parameter in enumerate(self.parameters):
@@ -1381,7 +1383,7 @@ def accelerated(explore, learn, args: Args, device: torch.device):
 
 
 def cuda_graphed(function, warmup=3):
-    """`function` replayed as a CUDA graph, one for each of its arguments; its first calls run, and count, as usual."""
+    """`function` replayed as a CUDA graph, one for each set of arguments; the first calls run, and count, as usual."""
     calls, graphs, outputs = {}, {}, {}
 
     def call(*args):

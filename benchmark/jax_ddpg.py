@@ -227,7 +227,7 @@ def main(args: Args):
     args, device, env = set_up(args)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    # Initialise critic Q(s, a) and actor mu(s), copy both to the targets, empty the replay buffer
+    # Initialise critic Q(s, a), actor mu(s), their targets and the replay buffer R
     agent = DDPG(args, env.observation_space, env.action_space, device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
 

@@ -61,7 +61,7 @@ NOT_A_VARIANT = (
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """folders that hold runs, at any depth (with --show file: one Markdown or CSV file)"""
+    """folders that hold runs, at any depth (with --show file: Markdown files)"""
     out: Path | None = None
     """folder for the tables and figures; by default report/ in the first folder of runs"""
     export: Path | None = None
@@ -70,7 +70,7 @@ class Args:
     """regenerate the sections of these pages instead, from committed data"""
     show: Literal["all", "curves", "best", "published", "file"] = "all"
     """in a page's section: table and figures; the learning curves alone; the final returns beside the best published
-    ones of the same protocol; the table of all published returns; the file itself"""
+    ones of the same protocol; the table of all published returns; files as they are"""
     env_ids: tuple[str, ...] = ()
     """show only these environments, in this order"""
     up_to: float = math.inf
@@ -373,8 +373,7 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
         paths += found
     args.runs = tuple(paths)
     if args.show == "file":
-        (path,) = args.runs
-        return path.read_text() if path.suffix == ".md" else table(pd.read_csv(path, dtype=str))
+        return "".join(path.read_text() for path in args.runs)
     runs = read_runs(args)
     if args.show == "best":
         return best_table(runs)

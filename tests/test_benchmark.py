@@ -341,8 +341,8 @@ def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path, cap
     write_run(tmp_path / "a", "Hopper-v5", 1, [1] * 10)  # older than the flags of the next ones
     write_run(tmp_path / "a", "Hopper-v5", 1, [1] * 10, learning_rate=1e-3, batch_size=128, num_threads=2)
     write_run(tmp_path / "a", "Hopper-v5", 2, [1] * 10, learning_rate=3e-4, num_threads=1, gamma=0.99)
-    for batch_norm in (True, False, "actor", "none"):
-        run = dict(exp_name="ddpg_paper_faithful", critic_lr=1e-2, batch_norm=batch_norm)
+    for batch_norm, momentum in ("both", 0.001), ("actor", 0.001), ("none", 0.1), ("none", 0.001):
+        run = dict(exp_name="ddpg_paper_faithful", critic_lr=1e-2, batch_norm=batch_norm, batch_norm_momentum=momentum)
         write_run(tmp_path / "b", "Hopper-v5", 1, [1] * 10, **run)
     runs = read_runs(tmp_path / "a")
     assert list(zip(runs["variant"], runs["seed"], strict=True)) == [
@@ -354,7 +354,9 @@ def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path, cap
     runs = read_runs(tmp_path / "b")  # the same rate in all of them is no difference
     assert list(runs["variant"]) == ["default", "--batch-norm actor", "--batch-norm none"]
     problem = capsys.readouterr().err
-    assert problem.count("\n") == 1 and "none: left out, " in problem  # --no-batch-norm was its name before
+    assert (
+        problem.count("\n") == 1 and "left out, the same run is there twice" in problem
+    )  # without normalisation, momentum is nothing
     runs = read_runs(tmp_path / "a", tmp_path / "b")
     assert runs["variant"].iloc[0] == "ddpg_continuous_action"
     assert runs["variant"].iloc[-1] == "ddpg_paper_faithful --batch-norm none"
@@ -464,8 +466,8 @@ def test_page_is_made_from_the_exported_data(tmp_path):
 
     page, other = tmp_path / "README.md", tmp_path / "RESULTS.md"
     page.write_text("before\n<!-- results:short:begin -->\nold\n<!-- results:short:end -->\nafter\n")
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    other.write_text("<!-- results:decisions:begin --show file table.csv -->\n<!-- results:decisions:end -->\n")
+    (tmp_path / "table.md").write_text("| a | b |\n")
+    other.write_text("<!-- results:decisions:begin --show file table.md -->\n<!-- results:decisions:end -->\n")
     write_run(tmp_path / "runs", "Hopper-v5", 2, range(0, 1000, 100))
     other.open("a").write("<!-- results:seeds:begin --show best runs/*_[13] -->\n<!-- results:seeds:end -->\n")
     made = run_report("--pages", page, other)
@@ -473,7 +475,7 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     assert "| Hopper-v5 | 450.0 | 50,000 | 1 |" in other.read_text()  # of seeds 1 and 3 there is the one
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**450.0**" in text
-    assert "| a | b |\n| --- | --- |\n| 1 | 2 |\n" in other.read_text()
+    assert "begin --show file table.md -->\n| a | b |\n<!--" in other.read_text()
     assert (data / "learning_curves.png").exists() and (data / "q_estimates.png").exists()
     assert report.rendered(page, tmp_path) == text
     eval_csv = exported / "eval.csv"
