@@ -483,13 +483,20 @@ def test_the_docstrings_figures_are_those_of_the_committed_data():
         evaluations = [pd.read_csv(path) for path in ROOT.glob(f"benchmark/results/{name}__[123]/eval.csv")]
         return np.mean([rows[rows["global_step"] <= up_to]["mean"].tail(10).mean() for rows in evaluations])
 
-    pendulum, cheetah = (f"{env_id}-v5__ddpg_paper_faithful" for env_id in ("InvertedPendulum", "HalfCheetah"))
-    modes = "paper_modes/InvertedPendulum-v5__paper_batch_norm__*target-statistics-"
+    def modes(env_id, *flags):
+        return [final_return(f"paper_modes/{env_id}-v5__paper_batch_norm__{each}") for each in flags]
+
+    copied, slow = "target-statistics-copied", "actor-loss-statistics-running_target-statistics-slow"
+    faster = slow.replace("_", "_batch-norm-momentum-0.1_")
+    pendulum, hopper, cheetah = (
+        f"{env_id}-v5__ddpg_paper_faithful" for env_id in ("InvertedPendulum", "Hopper", "HalfCheetah")
+    )
     actor_alone = final_return(f"paper/{pendulum}__batch-norm-actor", up_to=100_000)
     variants = ("ou-dt-0.01", "learning-starts-64", "learning-starts-10e3")
     time_step, *warm_up = (final_return(f"paper_100k/{pendulum}__batch-norm-actor_{flags}") for flags in variants)
     measured = {
-        "targets' statistics": [final_return(name) for name in (f"paper/{pendulum}", f"{modes}copied", f"{modes}slow")],
+        "targets' statistics": [final_return(f"paper/{pendulum}"), *modes("InvertedPendulum", copied, slow)],
+        "... rllab's modes": [final_return(f"paper/{hopper}"), *modes("Hopper", slow, faster)],
         "running averages": [final_return(f"paper/{cheetah}{flags}") for flags in ("", "__batch-norm-momentum-0.1")],
         "OU time step": [actor_alone, time_step],
         "warm-up": [actor_alone, *warm_up],
