@@ -331,6 +331,8 @@ def draw(data: pd.DataFrame, path: Path, **columns_and_look):
     grid = sns.relplot(data, x="steps", kind="line", facet_kws=free, **layout, **band, **columns_and_look)
     grid.set_titles("{col_name}")
     grid.legend.set_title("")
+    if max(len(label.get_text()) for label in grid.legend.texts) > 40:  # beside the panels, it would shrink them
+        sns.move_legend(grid, "upper left", bbox_to_anchor=(0.05, 0))
     for axis in grid.axes.flat:
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k")
         axis.yaxis.set_major_formatter("{x:,g}")
