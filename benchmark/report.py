@@ -114,8 +114,6 @@ def read_run(path: Path, args: Args) -> dict:
     script = ddpg_paper_faithful if "critic_lr" in record["args"] else ddpg_continuous_action
     defaults = asdict(script.Args())
     flags = defaults | record["args"]  # older runs lack some
-    if isinstance(flags.get("batch_norm"), bool):  # what --batch-norm and --no-batch-norm set before 1.0.0
-        flags["batch_norm"] = "both" if flags["batch_norm"] else "none"
     if flags.get("batch_norm") == "none":  # then its momentum, whatever it was, is no difference
         flags["batch_norm_momentum"] = defaults["batch_norm_momentum"]
     if (path / "q_estimates.csv").exists():  # of an exported run, which has no log
