@@ -483,11 +483,11 @@ def test_the_docstrings_figures_are_those_of_the_committed_data():
         evaluations = [pd.read_csv(path) for path in ROOT.glob(f"benchmark/results/{name}__[123]/eval.csv")]
         return np.mean([rows[rows["global_step"] <= up_to]["mean"].tail(10).mean() for rows in evaluations])
 
-    def modes(env_id, *flags):
-        return [final_return(f"paper_modes/{env_id}-v5__paper_batch_norm__{each}") for each in flags]
+    def modes(env_id, *flags, folder="paper_modes"):
+        return [final_return(f"{folder}/{env_id}__paper_batch_norm{each}") for each in flags]
 
-    copied, slow = "target-statistics-copied", "actor-loss-statistics-running_target-statistics-slow"
-    faster = slow.replace("_", "_batch-norm-momentum-0.1_")
+    copied, slow = "__target-statistics-copied", "__actor-loss-statistics-running_target-statistics-slow"
+    faster = slow.replace("_target", "_batch-norm-momentum-0.1_target")
     pendulum, hopper, cheetah = (
         f"{env_id}-v5__ddpg_paper_faithful" for env_id in ("InvertedPendulum", "Hopper", "HalfCheetah")
     )
@@ -495,8 +495,9 @@ def test_the_docstrings_figures_are_those_of_the_committed_data():
     variants = ("ou-dt-0.01", "learning-starts-64", "learning-starts-10e3")
     time_step, *warm_up = (final_return(f"paper_100k/{pendulum}__batch-norm-actor_{flags}") for flags in variants)
     measured = {
-        "targets' statistics": [final_return(f"paper/{pendulum}"), *modes("InvertedPendulum", copied, slow)],
-        "... rllab's modes": [final_return(f"paper/{hopper}"), *modes("Hopper", slow, faster)],
+        "targets' statistics": [final_return(f"paper/{pendulum}"), *modes("InvertedPendulum-v5", copied, slow)],
+        "... rllab's modes": [final_return(f"paper/{hopper}"), *modes("Hopper-v5", slow, faster)],
+        "... momentum 0.1": modes("Pendulum-v1", "", faster, folder="paper_modes_pendulum"),
         "running averages": [final_return(f"paper/{cheetah}{flags}") for flags in ("", "__batch-norm-momentum-0.1")],
         "OU time step": [actor_alone, time_step],
         "warm-up": [actor_alone, *warm_up],
