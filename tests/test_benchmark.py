@@ -354,9 +354,7 @@ def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path, cap
     runs = read_runs(tmp_path / "b")  # the same rate in all of them is no difference
     assert list(runs["variant"]) == ["default", "--batch-norm actor", "--batch-norm none"]
     problem = capsys.readouterr().err
-    assert (
-        problem.count("\n") == 1 and "left out, the same run is there twice" in problem
-    )  # without normalisation, momentum is nothing
+    assert problem.count("\n") == 1 and "left out, the same run is there twice" in problem  # momentum is nothing then
     runs = read_runs(tmp_path / "a", tmp_path / "b")
     assert runs["variant"].iloc[0] == "ddpg_continuous_action"
     assert runs["variant"].iloc[-1] == "ddpg_paper_faithful --batch-norm none"
