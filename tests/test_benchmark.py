@@ -795,6 +795,8 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
     "model, script, run",
     [
         ("HalfCheetah-v5", "ddpg_continuous_action", "ddpg_continuous_action/HalfCheetah-v5__{}__1"),
+        ("Hopper-v5", "ddpg_continuous_action", "ddpg_continuous_action/Hopper-v5__{}__3"),
+        ("InvertedPendulum-v5", "ddpg_continuous_action", "ddpg_continuous_action/InvertedPendulum-v5__{}__2"),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
         ("paper/InvertedPendulum-v5", "ddpg_paper_faithful", "paper/InvertedPendulum-v5__{}__batch-norm-actor__1"),
     ],
