@@ -25,7 +25,7 @@ Where the paper is silent, what was tried (returns: of what is here; of what is 
 | silent, measured    | here                  | instead               | on; steps                    | returns         |
 |---------------------|-----------------------|-----------------------|------------------------------|-----------------|
 | targets' statistics | the batch's own       | copied; rllab's modes | InvertedPendulum-v5; 200,000 | 47; 856, 973    |
-| ... rllab's modes   | the batch's own       | momentum 0.001; 0.1   | Hopper-v5; 200,000           | 352; 17, 295    |
+| ... rllab's modes   | the batch's own       | momentum 0.001; 0.1   | Hopper-v5; 200,000           | 309; 17, 295    |
 | ... momentum 0.1    | the batch's own       | rllab's modes         | Pendulum-v1; 20,000          | -463; -732      |
 | running averages    | momentum 0.001        | 0.1, torch's          | HalfCheetah-v5; 200,000      | 1,608; 784      |
 | OU time step        | 1: forgets in 6 steps | 0.01                  | InvertedPendulum-v5; 100,000 | 790; 859        |

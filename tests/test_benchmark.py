@@ -797,7 +797,13 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
         ("HalfCheetah-v5", "ddpg_continuous_action", "ddpg_continuous_action/HalfCheetah-v5__{}__1"),
         ("Hopper-v5", "ddpg_continuous_action", "ddpg_continuous_action/Hopper-v5__{}__3"),
         ("InvertedPendulum-v5", "ddpg_continuous_action", "ddpg_continuous_action/InvertedPendulum-v5__{}__2"),
+        (
+            "Pendulum-v1",
+            "ddpg_continuous_action",
+            "pendulum/Pendulum-v1__{}__learning-starts-1000_noise-anneal-steps-29800__3",
+        ),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
+        ("paper/Hopper-v5", "ddpg_paper_faithful", "paper/Hopper-v5__{}__2"),
         ("paper/InvertedPendulum-v5", "ddpg_paper_faithful", "paper/InvertedPendulum-v5__{}__batch-norm-actor__1"),
     ],
 )
