@@ -302,7 +302,7 @@ def draw_returns(runs: pd.DataFrame, args: Args, path: Path):
     colors = dict(zip(variants, sns.color_palette("colorblind", len(variants)), strict=True))
     look = {
         "palette": colors | dict.fromkeys(LEVELS, "black"),
-        "dashes": dict.fromkeys(variants, "") | LEVELS,
+        "dashes": {variant: "" if i < 10 else (3, 1) for i, variant in enumerate(variants)} | LEVELS,  # ten colours
         "sizes": dict.fromkeys(variants, 1.3) | dict.fromkeys(LEVELS, 0.8),
     }
     draw(returns, path, y="return", col="environment", hue="variant", style="variant", size="variant", **look)
@@ -322,7 +322,8 @@ def draw_q_estimates(runs: pd.DataFrame, path: Path):
 @plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8})
 def draw(data: pd.DataFrame, path: Path, **columns_and_look):
     """Means over seeds, each in a band from the lowest to the highest of them (of those that ran for so long)."""
-    width = min(3, data[columns_and_look["col"]].nunique())  # in panels
+    columns = 4 if data["environment"].nunique() == 2 else 3  # so that an environment's panels stand in columns
+    width = min(columns, data[columns_and_look["col"]].nunique())
     layout = {"col_wrap": width, "height": 2.2, "aspect": 1.3 if width > 1 else 2}
     free = {"sharex": False, "sharey": False}
     band = {"errorbar": ("pi", 100), "err_kws": {"linewidth": 0}}
