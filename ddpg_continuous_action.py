@@ -900,6 +900,11 @@ def set_up(args: Args) -> tuple[Args, torch.device, gym.Env]:
         args = replace(args, matmul="onednn" if mkl_holds_back() else "mkl")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or torch.get_num_threads())
+    if device.type == "cpu" and args.matmul == "onednn":
+        fine = torch.full((64, 64), 1 + 2**-12)  # bf16 rounds it to 1
+        exact = multiplied_by_onednn(torch.mm)(fine, torch.eye(64)).equal(fine)
+        advice = f"import {SCRIPT} before anything multiplies, or take --matmul mkl"
+        exit_unless(exact, f"oneDNN was used before and would multiply in bf16: {advice}")
     torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs are slow with them
     torch.backends.cudnn.deterministic = args.torch_deterministic
     warnings.filterwarnings("ignore", ".*(Overwriting existing videos|not in the possible render_modes)")
@@ -1293,12 +1298,15 @@ def mkl_holds_back() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and family is not None and int(family[1]) >= 26
 
 
+# oneDNN without bf16; it reads this once, on some CPUs as early as a process's first product by any library.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+
+
 def multiplied_by_onednn(learn):
     """`learn` with its matrix products by oneDNN; only it: for small products, as in acting, MKL starts sooner.
 
     torch hands fp32 products to oneDNN where bf16 is allowed; the capped instruction set has none: they stay fp32.
     """
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first use
     usual = torch.get_float32_matmul_precision()
 
     def learn_by_onednn(*args):

@@ -629,6 +629,21 @@ def test_products_have_fp32s_accuracy(script, tmp_path):
         assert len(kernels[1]) > 40
 
 
+@pytest.mark.parametrize("script_first", [True, False])
+def test_onednn_is_refused_where_an_earlier_use_of_it_left_bf16(script, script_first, tmp_path):
+    """A notebook that multiplies before it imports the script; what oneDNN has is in the words it starts with."""
+    multiply = "import torch; torch.set_float32_matmul_precision('medium'); torch.ones(64, 64) @ torch.ones(64, 64)"
+    lines = [f"import {script.SCRIPT} as script", f"{multiply}; torch.set_float32_matmul_precision('highest')"]
+    start = "script.set_up(script.Args(env_id='InvertedPendulum-v5', matmul='onednn'))"
+    code = "\n".join([*lines[:: 1 if script_first else -1], start])
+    done = process([sys.executable, "-c", code], tmp_path, ONEDNN_VERBOSE="1", PYTHONPATH=str(ROOT))
+    if re.search("isa:.*bfloat16", done.stdout):
+        assert not script_first and done.returncode == 2
+        assert done.stderr.startswith("error: oneDNN was used before and would multiply in bf16")
+    else:
+        assert done.returncode == 0, done.stderr
+
+
 CPUS = {  # torch's name of the instruction set, /proc/cpuinfo, and whether oneDNN is faster there
     "Zen 5": ("AVX512", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
     "Zen 5 without AVX-512": ("AVX2", "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", False),
@@ -651,7 +666,6 @@ def test_onednn_multiplies_only_where_mkl_holds_back(script, cpu, tmp_path, monk
 
 def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(script, run, monkeypatch, capfd):
     """Also where the resumed run's own machine would have MKL multiply."""
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # which a run sets, for good
     allowed = {}
     for owner, name in (script.DDPG, "explore"), (script.DDPG, "critic_loss"), (script, "evaluate"):
         function = getattr(owner, name)
@@ -676,8 +690,7 @@ def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(sc
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_seed_gives_the_same_bytes_by_onednn_too(script, threads, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # which this sets, for good
+def test_the_same_seed_gives_the_same_bytes_by_onednn_too(script, threads):
     torch.set_num_threads(threads)
     outcomes = []
     for _ in range(2):
