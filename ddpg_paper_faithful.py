@@ -1224,9 +1224,8 @@ def provenance(args: Args, device) -> dict:
 
 
 def copy_async(array: np.ndarray, destination: torch.Tensor):
-    """Copy to the device without waiting for it; to a GPU, from pinned memory."""
-    source = torch.tensor(array, dtype=torch.float32, pin_memory=destination.is_cuda)
-    destination.copy_(source, non_blocking=True)
+    """Copy to the device without waiting for it."""
+    destination.copy_(torch.as_tensor(array, dtype=torch.float32), non_blocking=True)
 
 
 def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Tensor:
@@ -1335,10 +1334,10 @@ class Adam:
     def descend(self, loss):
         """A step down the loss, by its gradients with respect to these parameters alone; returns the gradients."""
         gradients = torch.autograd.grad(loss, self.parameters)
-        down = list(gradients)
+        down = [gradient.contiguous() for gradient in gradients]  # under torch.compile it may be a slice
         for i, parameter in enumerate(self.parameters):
             if self.weight_decay and parameter.ndim > 1:
-                down[i] = gradients[i].add(parameter, alpha=self.weight_decay)
+                down[i] = down[i].add(parameter, alpha=self.weight_decay)
         self.step += 1
         steps = [self.step] * len(down)
         torch._fused_adam_(self.parameters, down, self.means, self.squares, [], steps, **self.settings)
@@ -1384,6 +1383,7 @@ def accelerated(explore, learn, args: Args, device: torch.device):
     if device.type == "cpu" and args.matmul == "onednn":
         learn = multiplied_by_onednn(learn)
     if args.compile:
+        Adam.descend = torch.compiler.disable(Adam.descend)  # torch.compile fails on the kernel that it calls
         explore, learn = torch.compile(explore), torch.compile(learn)
     if args.cudagraphs:
         torch.cuda.synchronize()

@@ -5,9 +5,13 @@
 
 Training runs are real ones, launched by sweep.sh, without evaluations and checkpoints, timed after the warm-up by the
 clock in their TensorBoard logs. Whatever is compared alternates, round by round, since a machine's speed drifts. Leave
-the machine alone meanwhile. Prints Markdown.
+the machine alone meanwhile. Prints Markdown. Where there is a GPU, a training step's parts there stand for the update:
+
+    python benchmark/throughput.py --threads 1 --scripts "ddpg_continuous_action.py --cudagraphs" \
+        ddpg_continuous_action.py benchmark/sb3_ddpg.py --out benchmark/results/throughput_gpu.md
 """
 
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -50,7 +54,8 @@ class Args:
         "benchmark/jax_ddpg.py",
         "ddpg_paper_faithful.py",
     )
-    """scripts to compare, each with its own flags and interpreter if need be: "PYTHON=~/jax/bin/python x.py --y 1" """
+    """scripts to compare, each with its own flags, interpreter and environment variables if need be:
+    "PYTHON=~/jax/bin/python TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 x.py --y 1" """
     against: str | None = None
     """commit whose versions of the scripts run beside today's, those of benchmark/ excepted"""
     env_id: str = "HalfCheetah-v5"
@@ -76,24 +81,28 @@ class Entry:
     python: str = sys.executable
     flags: list[str] = field(default_factory=list)
     root: Path = field(default_factory=lambda: ROOT)  # of the repository that holds the script
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def parse_entry(text: str) -> Entry:
-    words = shlex.split(text)
-    python = sys.executable
-    if words and words[0].startswith("PYTHON="):
-        python = str(ROOT / Path(words.pop(0).removeprefix("PYTHON=")).expanduser())
+    words, environment = shlex.split(text), {}
+    while words and re.match(r"[A-Z_0-9]+=", words[0]):
+        name, value = words.pop(0).split("=", 1)
+        environment[name] = value
     exit_unless(words, f"--scripts names no script in '{text}'")
-    return Entry(" ".join(words), words[0], python, shlex.split(" ".join(FLAGS)) + words[1:])
+    python = environment.pop("PYTHON", None)
+    python = str(ROOT / Path(python).expanduser()) if python else sys.executable
+    label = " ".join([f"{name}={value}" for name, value in environment.items()] + words)
+    return Entry(label, words[0], python, shlex.split(" ".join(FLAGS)) + words[1:], environment=environment)
 
 
-def why_not(entry: Entry) -> str | None:
+@functools.cache
+def why_not(python: str, script: Path) -> str | None:
     """Why it cannot be run here, a library being missing, say; None if it can."""
-    if not (entry.root / entry.script).exists():
+    if not script.exists():
         return "no such file"
     try:
-        command = [entry.python, entry.root / entry.script, "--help"]
-        tried = subprocess.run(command, capture_output=True, text=True)
+        tried = subprocess.run([python, script, "--help"], capture_output=True, text=True)
     except OSError as error:
         return str(error)
     return tried.stderr.strip().splitlines()[-1] if tried.returncode else None
@@ -121,7 +130,8 @@ def train(args: Args, entry: Entry, threads: int, copies: int = 1) -> list[float
     settings |= {"SEEDS": " ".join(map(str, range(1, copies + 1))), "VARIANT": "default"}
     command = [entry.root / "benchmark/sweep.sh", *(f"{name}={value}" for name, value in settings.items())]
     with tempfile.TemporaryDirectory() as folder:
-        sweep = subprocess.run([*command, "--", *entry.flags], cwd=folder, stdout=subprocess.DEVNULL)
+        environment = os.environ | entry.environment
+        sweep = subprocess.run([*command, "--", *entry.flags], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
         if sweep.returncode:  # it has said why
             sys.exit(1)
         return [logged_speed(path.parent) for path in Path(folder).glob("runs/*/*/args.json")]
@@ -139,6 +149,16 @@ def seconds_each(function, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def agent_and_buffer(script, args, device: torch.device):
+    high = np.ones(ACTION_DIM, np.float32)
+    agent = script.DDPG(args, Box(-np.inf, np.inf, (OBS_DIM,)), Box(-high, high), device)
+    buffer, rng = script.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, device), np.random.default_rng(0)
+    for _ in range(10_000):
+        obs, next_obs = rng.normal(size=(2, OBS_DIM))
+        buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, args.gamma)
+    return agent, buffer
+
+
 def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
     """Of a script's update at HalfCheetah's sizes, and of the product of its two hidden layers, the rounds' figures.
 
@@ -146,12 +166,8 @@ def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
     of the products, torch's by MKL and by oneDNN, and NumPy's. Those rates, GFLOP/s, are the rest.
     """
     script = importlib.import_module(module_name)
-    args, high, cpu = script.Args(), np.ones(ACTION_DIM, np.float32), torch.device("cpu")
-    agent = script.DDPG(args, Box(-np.inf, np.inf, (OBS_DIM,)), Box(-high, high), cpu)
-    buffer, rng = script.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, cpu), np.random.default_rng(0)
-    for _ in range(10_000):
-        obs, next_obs = rng.normal(size=(2, OBS_DIM))
-        buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, args.gamma)
+    args = script.Args()
+    agent, buffer = agent_and_buffer(script, args, torch.device("cpu"))
 
     def learn():
         return agent.update(buffer.sample(args.batch_size))
@@ -176,6 +192,39 @@ def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
         measured |= {"mkl": seconds_each(learn, 100), "onednn": seconds_each(learn_by_onednn, 100)}
         if i:  # the first round warms up
             for name, value in measured.items():
+                figures[name].append(value)
+    return figures
+
+
+PARTS = "launching an update", "an update, back to back", "an action", "the environment's step"
+
+
+def time_parts(module_name: str, flags: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds that the parts of a step on the GPU take, HalfCheetah-v5's, by name: the rounds' figures of each.
+
+    The host launches an update, and goes on; updates back to back show what the device takes, unless it is the host
+    that is behind; an action is waited for.
+    """
+    script = importlib.import_module(module_name)
+    args, device = tyro.cli(script.Args, args=[*flags, "--env-id", "HalfCheetah-v5"]), torch.device("cuda")
+    env = script.make_env(args)
+    agent, buffer = agent_and_buffer(script, args, device)
+    obs, _ = env.reset(seed=1)
+
+    def learn(update_actor):
+        return agent.update(buffer.sample(args.batch_size), update_actor)
+
+    agent.explore, learn = script.accelerated(agent.explore, learn, args, device)
+    figures = {name: [] for name in PARTS}
+    for i in range(rounds + 1):
+        start = time.perf_counter()
+        launched = seconds_each(lambda: learn(True), 200)
+        torch.cuda.synchronize()
+        update = (time.perf_counter() - start) / 200
+        acted = seconds_each(lambda: agent.act(obs), 200)
+        stepped = seconds_each(lambda: env.step(agent.action), 200)
+        if i:  # the first round warms up
+            for name, value in zip(PARTS, (launched, update, acted, stepped), strict=True):
                 figures[name].append(value)
     return figures
 
@@ -235,6 +284,14 @@ def update_tables(args: Args, scripts: list[str]):
         yield row(script, threads, *(spread(update[name]) for name in libraries))
 
 
+def gpu_table(args: Args, entries: list[Entry]):
+    yield "\nThe parts of a step on the GPU, microseconds:"
+    yield header("", *PARTS)
+    for entry in entries:
+        parts = in_own_process(1, time_parts, Path(entry.script).stem, entry.flags, args.rounds)
+        yield row(entry.label, *(spread(1e6 * np.array(parts[name])) for name in PARTS))
+
+
 def side_by_side_table(args: Args, entry: Entry):
     alone, together = [], []
     for _ in range(args.rounds):
@@ -250,7 +307,7 @@ def report(args: Args, folder: Path):
     """The page, piece by piece as it is measured."""
     entries, skipped = [], []
     for entry in map(parse_entry, args.scripts):
-        if reason := why_not(entry):
+        if reason := why_not(entry.python, entry.root / entry.script):
             skipped.append(f"Left out: {entry.label}: {reason}")
         else:
             entries.append(entry)
@@ -265,14 +322,20 @@ def report(args: Args, folder: Path):
         older = {entry.script: older_version(entry, args.against, folder) for entry in ours}
         pairs += [(entry, older[entry.script]) for entry in ours]
 
-    about = provenance(ScriptArgs(), torch.device("cpu"))
+    gpu = torch.cuda.is_available()
+    about = provenance(ScriptArgs(), torch.device("cuda" if gpu else "cpu"))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"Median of {args.rounds} rounds (range). Commit {about['commit'] or 'unknown'}; {versions};"
     yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"
     yield f"{args.cores} cores; `--matmul auto` stands for {'onednn' if mkl_holds_back() else 'mkl'} here."
+    if gpu:
+        yield f"GPU: {about['hardware']['gpu']}."
     yield from (f"\n{line}" for line in skipped)
     yield from training_tables(args, [*entries, *older.values()], pairs)
-    yield from update_tables(args, list(dict.fromkeys(entry.script for entry in ours)))
+    if gpu:
+        yield from gpu_table(args, [e for e in ours if "--no-cuda" not in e.flags and not e.environment])
+    else:
+        yield from update_tables(args, list(dict.fromkeys(entry.script for entry in ours)))
     yield from side_by_side_table(args, first)
 
 

@@ -1,6 +1,7 @@
 """The GPU path: what must hold without a GPU too, and, marked gpu, what only a GPU can show."""
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, agent, felt_weights, paper, tuned, weights
+from torch.nn.utils import get_total_norm as total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -76,6 +78,11 @@ class NoHostReads(TorchDispatchMode):
         name = function.name().split(".")[0]
         assert name not in HOST_READS, f"{name} reads a value back to the host"
         return function(*args, **(kwargs or {}))
+
+
+def numbers(losses):
+    """What an update returns, gradients as their norm, as they are logged."""
+    return [float(total_norm(value) if isinstance(value, tuple) else value) for value in losses.values()]
 
 
 def test_the_update_and_acting_read_nothing_back_to_the_host(training_on):
@@ -158,6 +165,23 @@ def test_the_function_to_be_graphed_gives_the_numbers_of_the_usual_style(script)
         torch.testing.assert_close(felt_weights(network), felt_weights(usual), rtol=1e-4, atol=2e-5)
 
 
+def test_compiled_the_update_and_acting_give_the_same_numbers(training_on, monkeypatch):
+    """With torch.compile's own tracing and differentiation, but torch's kernels: those of the GPU are tested there."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    runs = []
+    for compiled in (False, True):
+        training = training_on("cpu")
+        monkeypatch.setattr(training.script.Adam, "descend", training.script.Adam.descend)  # and restore it
+        args = training.script.Args(compile=compiled)
+        explore, learn = training.script.accelerated(training.explore, training.learn, args, torch.device("cpu"))
+        torch.manual_seed(3)
+        steps = range(4)
+        runs.append([(explore().tolist(), numbers(learn(step % 2 == 0)[0])) for step in steps])
+    for (action, losses), (compiled_action, compiled_losses) in zip(*runs, strict=True):
+        np.testing.assert_allclose(compiled_action, action, rtol=1e-6)
+        np.testing.assert_allclose(compiled_losses, losses, rtol=1e-6)
+
+
 @pytest.mark.parametrize("flag", ["--cudagraphs", "--compile"])
 def test_without_a_gpu_the_flags_are_refused_in_one_line(script, flag, cli, tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
@@ -207,13 +231,15 @@ def test_a_graphed_run_agrees_with_an_eager_one(training_on, compiled, side_stre
     runs = []
     for graphed in (False, True):
         training = training_on("cuda")
-        learn = torch.compile(training.learn) if graphed and compiled else training.learn
-        learn = training.script.cuda_graphed(learn) if graphed else learn
+        learn = training.learn
+        if graphed:
+            args = training.script.Args(cudagraphs=True, compile=compiled)
+            _, learn = training.script.accelerated(training.explore, learn, args, torch.device("cuda"))
         torch.manual_seed(3)
         losses, batches = [], []
         for step in range(steps):
             loss, batch = learn(step % 2 == 0)
-            losses.append([value.item() for value in loss.values()])
+            losses.append(numbers(loss))
             batches.append(batch.obs.clone())
         runs.append((losses, batches, training.networks))
     (losses, batches, networks), (graphed_losses, graphed_batches, graphed_networks) = runs
@@ -245,6 +271,7 @@ def test_graphed_acting_follows_the_observation_and_the_learning(training_on, si
     training = training_on("cuda")
     agent, obs = training.agent, np.random.default_rng(0).normal(size=(20, OBS_DIM))
     agent.explore = training.script.cuda_graphed(agent.explore)
+    training.begin_episode(0)  # with parameter noise, the perturbation is part of the state
     saved = copy.deepcopy(agent.state_dict())
     for i, each in enumerate(obs):
         if i % 5 == 0:
