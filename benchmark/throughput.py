@@ -199,14 +199,14 @@ def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
 PARTS = "launching an update", "an update, back to back", "an action", "the environment's step"
 
 
-def time_parts(module_name: str, flags: list[str], rounds: int) -> dict[str, list[float]]:
+def time_parts(module_name: str, flags: list[str], rounds: int, device: str = "cuda") -> dict[str, list[float]]:
     """Seconds that the parts of a step on the GPU take, HalfCheetah-v5's, by name: the rounds' figures of each.
 
     The host launches an update, and goes on; updates back to back show what the device takes, unless it is the host
     that is behind; an action is waited for.
     """
     script = importlib.import_module(module_name)
-    args, device = tyro.cli(script.Args, args=[*flags, "--env-id", "HalfCheetah-v5"]), torch.device("cuda")
+    args, device = tyro.cli(script.Args, args=[*flags, "--env-id", "HalfCheetah-v5"]), torch.device(device)
     env = script.make_env(args)
     agent, buffer = agent_and_buffer(script, args, device)
     obs, _ = env.reset(seed=1)

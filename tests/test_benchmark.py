@@ -740,6 +740,17 @@ shutil.copytree("{log}", run_dir)
 """
 
 
+def test_throughput_of_a_steps_parts(monkeypatch):
+    """On the CPU, where there is nothing to wait for."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    entry = throughput.parse_entry("PYTHON=~/bin/python X=1 ddpg_continuous_action.py --n-step 3")
+    assert entry.label == "X=1 ddpg_continuous_action.py --n-step 3" and entry.environment == {"X": "1"}
+    assert entry.python == str(Path("~/bin/python").expanduser())
+    parts = throughput.time_parts("ddpg_continuous_action", [*entry.flags, "--matmul", "mkl"], 1, "cpu")
+    launched, update, action, step = (seconds for (seconds,) in parts.values())
+    assert tuple(parts) == throughput.PARTS and update > launched > 2 * action > 0 and step > 0
+
+
 def test_throughput_of_today_and_of_an_older_commit(tmp_path, monkeypatch, capsys):
     """Stand-ins for the scripts: the older one lacks a flag, and does half as many steps a second."""
     root, name = tmp_path / "repository", "ddpg_continuous_action.py"
