@@ -5,7 +5,8 @@
 
 Training runs are real ones, launched by sweep.sh, without evaluations and checkpoints, timed after the warm-up by the
 clock in their TensorBoard logs. Whatever is compared alternates, round by round, since a machine's speed drifts. Leave
-the machine alone meanwhile. Prints Markdown. Where there is a GPU, a training step's parts there stand for the update:
+the machine alone meanwhile. Prints Markdown. Where there is a GPU, it times
+the parts of a training step there, instead of the update on the CPU:
 
     python benchmark/throughput.py --threads 1 --scripts "ddpg_continuous_action.py --cudagraphs" \
         ddpg_continuous_action.py benchmark/sb3_ddpg.py --out benchmark/results/throughput_gpu.md
@@ -150,6 +151,7 @@ def seconds_each(function, repeats: int) -> float:
 
 
 def agent_and_buffer(script, args, device: torch.device):
+    """A script's agent at HalfCheetah's sizes, and a buffer of random transitions to learn from."""
     high = np.ones(ACTION_DIM, np.float32)
     agent = script.DDPG(args, Box(-np.inf, np.inf, (OBS_DIM,)), Box(-high, high), device)
     buffer, rng = script.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, device), np.random.default_rng(0)

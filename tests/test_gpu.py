@@ -175,8 +175,7 @@ def test_compiled_the_update_and_acting_give_the_same_numbers(training_on, monke
         args = training.script.Args(compile=compiled)
         explore, learn = training.script.accelerated(training.explore, training.learn, args, torch.device("cpu"))
         torch.manual_seed(3)
-        steps = range(4)
-        runs.append([(explore().tolist(), numbers(learn(step % 2 == 0)[0])) for step in steps])
+        runs.append([(explore().tolist(), numbers(learn(step % 2 == 0)[0])) for step in range(4)])
     for (action, losses), (compiled_action, compiled_losses) in zip(*runs, strict=True):
         np.testing.assert_allclose(compiled_action, action, rtol=1e-6)
         np.testing.assert_allclose(compiled_losses, losses, rtol=1e-6)
