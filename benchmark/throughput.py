@@ -5,8 +5,8 @@
 
 Training runs are real ones, launched by sweep.sh, without evaluations and checkpoints, timed after the warm-up by the
 clock in their TensorBoard logs. Whatever is compared alternates, round by round, since a machine's speed drifts. Leave
-the machine alone meanwhile. Prints Markdown. Where there is a GPU, it times
-the parts of a training step there, instead of the update on the CPU:
+the machine alone meanwhile. Prints Markdown. Where there is a GPU, it times the parts of a training step there, instead
+of the update on the CPU:
 
     python benchmark/throughput.py --threads 1 --scripts "ddpg_continuous_action.py --cudagraphs" \
         ddpg_continuous_action.py benchmark/sb3_ddpg.py --out benchmark/results/throughput_gpu.md
