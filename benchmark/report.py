@@ -255,7 +255,9 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
         del columns["solved (seeds)"]
     if not args.training_return:
         del columns[training_return]
-    rows = runs.groupby(ROW, sort=False).agg(**columns).reset_index()
+    alike = runs.groupby(ROW)["measured_with"].transform("nunique") == 1  # else a speed is of neither hardware
+    speeds = runs[["steps_per_second", "hours"]].where(alike)
+    rows = runs.assign(**speeds).groupby(ROW, sort=False).agg(**columns).reset_index()
     return f"{table(rows)}\n{'; '.join(sorted(set(runs['measured_with'])))}.\n"
 
 

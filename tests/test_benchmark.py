@@ -390,6 +390,12 @@ def test_columns_of_the_table(tmp_path):
     (row,) = table_rows(tmp_path)
     assert row["seeds"] == "5" and "final evaluation" not in row  # four of the seeds are not the row
 
+    on_gpu = write_run(tmp_path, "Hopper-v5", 6, [1.0] * 12)
+    record = json.loads((on_gpu / "args.json").read_text())
+    (on_gpu / "args.json").write_text(json.dumps(record | {"hardware": {"threads": 1, "gpu": "NVIDIA H100"}}))
+    (row,) = table_rows(tmp_path)
+    assert row["seeds"] == "6" and not {"steps/s", "hours"} & row.keys()  # of two kinds of hardware
+
 
 @pytest.mark.parametrize("learning_starts, untrained", [(5_000, "10.0"), (4_999, None)])
 def test_untrained_policy_from_pixels_is_the_run_before_learning(tmp_path, learning_starts, untrained):
