@@ -494,7 +494,7 @@ class PixelObservation(gym.Wrapper):
     def step(self, action):
         frames, total = [], 0.0
         while len(frames) < 3:
-            _, reward, terminated, truncated, info = self.env.step(action)
+            _, reward, terminated, truncated, info = self.env.step(action.copy())  # it may change what it is given
             total += float(reward)
             frames.append(self.frame())
             if terminated or truncated:

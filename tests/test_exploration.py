@@ -207,6 +207,17 @@ def test_layer_normalisation_is_where_it_should_be(which):
             assert torch.equal(parameters[each], parameter)
 
 
+def test_without_layer_normalisation_the_networks_are_plain_ones_to_the_byte():
+    torch.manual_seed(3)
+    actor, qf = networks(tuned)
+    torch.manual_seed(3)
+    plain_actor = nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+    plain_qf = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+    obs, action = torch.randn(5, 3), torch.randn(5, 1)
+    assert torch.equal(actor(obs), plain_actor(obs).tanh())
+    assert torch.equal(qf(obs, action), plain_qf(torch.cat([obs, action], 1))[:, 0])
+
+
 # n steps
 
 
@@ -298,7 +309,7 @@ ALL = "--n-step 3 --target-noise 0.2 --layer-norm both --noise-anneal-steps 500 
 ALL += " --policy-frequency 2 --final-eval-episodes 3 --noise"
 
 
-@pytest.mark.parametrize("noise", ["parameter --matmul onednn", "ou"])
+@pytest.mark.parametrize("noise", ["parameter --matmul onednn", "ou", "gaussian"])
 def test_resumed_exactly_with_every_option(tmp_path, noise):
     """Killed at step 600, before its checkpoint: step 400's is resumed, after two adaptations of sigma."""
     flags = f"{re.sub('--final-eval-episodes [0-9]+', '', processes.PENDULUM)} {ALL} {noise}"

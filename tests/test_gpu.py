@@ -45,8 +45,9 @@ class Training:
     def begin_episode(self, global_step):
         """What main does between the calls that may be graphed."""
         self.agent.noise.reset()
-        if self.flags:
+        if "noise_anneal_steps" in self.flags:
             self.agent.anneal_noise(global_step)
+        if self.flags.get("noise") == "parameter":
             self.agent.noise.adapt(self.agent.obs)
 
     @property
@@ -61,6 +62,8 @@ CASES = {
         tuned,
         dict(noise="parameter", layer_norm="both", target_noise=0.2, noise_anneal_steps=9),
     ),
+    "with Gaussian noise that shrinks": (tuned, dict(noise_anneal_steps=9)),
+    "with Ornstein-Uhlenbeck noise that shrinks": (tuned, dict(noise="ou", noise_anneal_steps=9)),
 }
 
 

@@ -337,6 +337,13 @@ def test_frames_repeat_and_episode_ends(size):
     assert len(env.unwrapped.actions) == 3 + 2 + 4 + 1
 
 
+def test_an_environment_that_changes_its_action_gets_the_same_one_three_times():
+    env, action = paper.PixelObservation(stubs.InPlace("rgb_array")), np.array([0.1, 0.2], np.float32)
+    env.reset()
+    env.step(action)
+    assert [taken.tolist() for taken in env.unwrapped.actions] == [action.tolist()] * 3
+
+
 def test_pixel_networks_scale_frames_to_0_1():
     for network in networks_for(PIXELS):
         seen = []
