@@ -819,6 +819,7 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
             "ddpg_continuous_action",
             "pendulum/Pendulum-v1__{}__learning-starts-1000_noise-anneal-steps-29800__3",
         ),
+        ("million/HalfCheetah-v5", "ddpg_continuous_action", "million/HalfCheetah-v5__{}__2"),
         ("million/Hopper-v5", "ddpg_continuous_action", "million/Hopper-v5__{}__3"),
         ("million/Walker2d-v5", "ddpg_continuous_action", "million/Walker2d-v5__{}__3"),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
