@@ -823,14 +823,14 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
         ("million/Hopper-v5", "ddpg_continuous_action", "million/Hopper-v5__{}__3"),
         ("million/Walker2d-v5", "ddpg_continuous_action", "million/Walker2d-v5__{}__3"),
         (
-            "million/learning-rate-1e-3-seed-1/HalfCheetah-v5",
+            "million/learning-rate-1e-3/HalfCheetah-v5",
             "ddpg_continuous_action",
             "million/HalfCheetah-v5__{}__learning-rate-1e-3__1",
         ),
         (
-            "million/learning-rate-1e-3-seed-2/HalfCheetah-v5",
+            "million/learning-rate-1e-3-seed-1/Hopper-v5",
             "ddpg_continuous_action",
-            "million/HalfCheetah-v5__{}__learning-rate-1e-3__2",
+            "million/Hopper-v5__{}__learning-rate-1e-3__1",
         ),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
         ("paper/Hopper-v5", "ddpg_paper_faithful", "paper/Hopper-v5__{}__2"),
