@@ -272,6 +272,8 @@ def test_graphed_acting_follows_the_observation_and_the_learning(training_on, si
     """The graph reads observation, weights and noise where they lie: also after learning, and after restoring."""
     training = training_on("cuda")
     agent, obs = training.agent, np.random.default_rng(0).normal(size=(20, OBS_DIM))
+    perturbs = training.flags.get("noise") == "parameter"
+    shrinks = "noise_anneal_steps" in training.flags and not perturbs
     agent.explore = training.script.cuda_graphed(agent.explore)
     training.begin_episode(0)  # with parameter noise, the perturbation is part of the state
     saved = copy.deepcopy(agent.state_dict())
@@ -281,10 +283,9 @@ def test_graphed_acting_follows_the_observation_and_the_learning(training_on, si
         action = agent.act(each)
         tensor = torch.tensor(each[None], dtype=torch.float32, device=agent.device)
         greedy = agent.actor(tensor)[0].detach().cpu().numpy()
-        if training.flags.get("noise") == "parameter":
+        if perturbs:
             expected = agent.actor.clip(agent.noise.perturbed(tensor))[0].detach().cpu()
             np.testing.assert_allclose(action, expected, atol=1e-6)
-        shrinks = "noise_anneal_steps" in training.flags and training.flags.get("noise") != "parameter"
         if shrinks and (i == 10 or i >= 15):  # to nothing; from 11 to 14 its first size is restored
             np.testing.assert_allclose(action, greedy, atol=1e-6)
         else:
