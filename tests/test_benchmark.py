@@ -828,7 +828,7 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
             "million/HalfCheetah-v5__{}__learning-rate-1e-3__1",
         ),
         (
-            "million/learning-rate-1e-3-seed-1/Hopper-v5",
+            "million/learning-rate-1e-3/Hopper-v5",
             "ddpg_continuous_action",
             "million/Hopper-v5__{}__learning-rate-1e-3__1",
         ),
