@@ -838,7 +838,7 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
             "million/Walker2d-v5__{}__learning-rate-1e-3__2",
         ),
         (
-            "million/learning-rate-1e-3_n-step-3-seed-1/HalfCheetah-v5",
+            "million/learning-rate-1e-3_n-step-3/HalfCheetah-v5",
             "ddpg_continuous_action",
             "million/HalfCheetah-v5__{}__learning-rate-1e-3_n-step-3__1",
         ),
