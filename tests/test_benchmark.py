@@ -842,6 +842,16 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
             "ddpg_continuous_action",
             "million/HalfCheetah-v5__{}__learning-rate-1e-3_n-step-3__1",
         ),
+        (
+            "million/learning-rate-1e-3_n-step-3/Hopper-v5",
+            "ddpg_continuous_action",
+            "million/Hopper-v5__{}__learning-rate-1e-3_n-step-3__3",
+        ),
+        (
+            "million/learning-rate-1e-3_n-step-3/Walker2d-v5",
+            "ddpg_continuous_action",
+            "million/Walker2d-v5__{}__learning-rate-1e-3_n-step-3__1",
+        ),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
         ("paper/Hopper-v5", "ddpg_paper_faithful", "paper/Hopper-v5__{}__2"),
         ("paper/InvertedPendulum-v5", "ddpg_paper_faithful", "paper/InvertedPendulum-v5__{}__batch-norm-actor__1"),
