@@ -850,7 +850,7 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
         (
             "million/learning-rate-1e-3_n-step-3/Walker2d-v5",
             "ddpg_continuous_action",
-            "million/Walker2d-v5__{}__learning-rate-1e-3_n-step-3__1",
+            "million/Walker2d-v5__{}__learning-rate-1e-3_n-step-3__2",
         ),
         ("paper/HalfCheetah-v5", "ddpg_paper_faithful", "paper/HalfCheetah-v5__{}__1"),
         ("paper/Hopper-v5", "ddpg_paper_faithful", "paper/Hopper-v5__{}__2"),
