@@ -314,9 +314,10 @@ def draw_q_estimates(runs: pd.DataFrame, path: Path):
     if runs["q_minus_discounted_return"].isna().all():
         return  # the logs are gone
     names = {"discounted_return": "return that followed", "q_estimate": "critic's estimate"}
-    variants = list(runs["variant"].unique())
-    by_variant = runs.sort_values("variant", key=lambda column: column.map(variants.index), kind="stable")
-    q = curves(by_variant).rename(columns=names).melt(ROW, list(names.values()), "curve", "discounted return")
+    most_first = -runs.groupby("environment")["variant"].transform("nunique")  # so that full rows are above short ones
+    by_variant = runs.assign(most_first=most_first, nth=runs["variant"].factorize()[0])
+    q = curves(by_variant.sort_values(["most_first", "nth"])).rename(columns=names)
+    q = q.melt(ROW, list(names.values()), "curve", "discounted return")
     q["panel"] = q["environment"] + "\n" + q["variant"].str.replace(" --", "\n--")
     draw(q, path, y="discounted return", col="panel", hue="curve", style="curve", palette="colorblind")
 
