@@ -822,6 +822,7 @@ def test_measuring_commands_refuse_bad_flags_in_one_line(main, args, capsys):
         ("million/HalfCheetah-v5", "ddpg_continuous_action", "million/HalfCheetah-v5__{}__2"),
         ("million/Hopper-v5", "ddpg_continuous_action", "million/Hopper-v5__{}__3"),
         ("million/Walker2d-v5", "ddpg_continuous_action", "million/Walker2d-v5__{}__3"),
+        ("million/Ant-v5", "ddpg_continuous_action", "million/Ant-v5__{}__2"),
         (
             "million/learning-rate-1e-3/HalfCheetah-v5",
             "ddpg_continuous_action",
