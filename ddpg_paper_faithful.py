@@ -394,7 +394,7 @@ class DDPG:
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_qf = copy.deepcopy(self.qf).requires_grad_(False)
         for network in self.actor, self.qf:
-            network.eval()  # running averages, except in update; the targets are used nowhere else
+            network.eval()  # running averages, except in update; the targets, used only there, stay in training mode
         self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
         self.qf_optimizer = Adam(self.qf.parameters(), args.critic_lr, args.critic_weight_decay)
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)

@@ -327,7 +327,7 @@ def draw(data: pd.DataFrame, path: Path, **columns_and_look):
     """Means over seeds, each in a band from the lowest to the highest of them (of those that ran for so long)."""
     columns = 4 if data["environment"].nunique() == 2 else 3  # so that an environment's panels stand in columns
     panels = data[columns_and_look["col"]].nunique()
-    width = 2 if panels == 4 else min(columns, panels)  # not three and one
+    width = 2 if panels == 4 else min(columns, panels)  # two by two, not three and one
     layout = {"col_wrap": width, "height": 2.2, "aspect": 1.3 if width > 1 else 2}
     free = {"sharex": False, "sharey": False}
     band = {"errorbar": ("pi", 100), "err_kws": {"linewidth": 0}}
