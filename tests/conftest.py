@@ -57,8 +57,6 @@ def own_process_state():
         torch.backends.cudnn.deterministic,
     )
     torch.manual_seed(0)
-    for script in SCRIPTS:
-        script.warn.cache_clear()  # each text once a process
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
