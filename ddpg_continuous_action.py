@@ -8,8 +8,8 @@
     python ddpg_continuous_action.py --env-id Hopper-v5 --seed 3
 
 The paper's Algorithm 1 with the settings that later work found to do better on MuJoCo locomotion: hidden layers of 256
-and 256, no batch normalisation, the action at the critic's first layer, larger batches and steps, Gaussian noise. The
-paper's own settings are next door, in ddpg_paper_faithful.py.
+and 256, no batch normalisation, the action at the critic's first layer, equal learning rates, larger batches and tau,
+Gaussian noise. The paper's own settings are next door, in ddpg_paper_faithful.py.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
@@ -44,6 +44,7 @@ import traceback
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,7 @@ class Args:
     torch_deterministic: bool = True  # restrict cuDNN to deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = False  # on a GPU, replay acting and the whole update as CUDA graphs
-    compile: bool = False  # on a GPU, torch.compile acting and the update, alone or under --cudagraphs
+    compile: bool = False  # compile the whole update as one graph: takes up to a minute and, on a CPU, a C++ compiler
     num_threads: int = 0  # CPU threads; 0 leaves torch's own choice, 1 is best for several runs on one machine
     matmul: Literal["auto", "mkl", "onednn"] = "auto"  # an update's matrix products on a CPU; auto: oneDNN on Zen 5
     track: bool = False  # mirror the TensorBoard log to Weights & Biases
@@ -102,7 +103,7 @@ class Args:
     gamma: float = 0.99  # discount factor (section 7: 0.99)
     tau: float = 0.005  # how far the targets move towards the networks at each update (section 7: 0.001)
     batch_size: int = 256  # transitions per batch (section 7: 64)
-    exploration_noise: float = 0.1  # standard deviation of the noise (ou: of its steps), in halves of the action range
+    exploration_noise: float = 0.1  # standard deviation of the noise (ou: of its steps): 1 is half the action range
     learning_starts: int = 25_000  # steps of uniformly random actions before learning starts (the paper is silent)
     policy_frequency: int = 1  # critic updates per update of the actor and the targets (CleanRL and TD3: 2)
 
@@ -114,8 +115,8 @@ class Args:
     exploration_noise_final: float = 0.0  # size of the exploration noise after --noise-anneal-steps
     layer_norm: Literal["none", "critic", "actor", "both"] = "none"  # networks normalised before each hidden ReLU
     n_step: int = 1  # rewards summed before the target critic's value takes over; 1 = DDPG
-    target_noise: float = 0.0  # standard deviation of noise on the target actor's action, in half ranges (TD3: 0.2)
-    target_noise_clip: float = 0.5  # largest size of that noise, in the same unit (TD3: 0.5)
+    target_noise: float = 0.0  # standard deviation of noise on the target actor's action, as above (TD3: 0.2)
+    target_noise_clip: float = 0.5  # largest size of that noise (TD3: 0.5)
 
 
 class QNetwork(nn.Module):
@@ -186,7 +187,7 @@ class ReplayBuffer:
         self.size.fill_(min(self.added, len(self.rows)))
 
     def sample(self, batch_size: int) -> Batch:
-        """Transitions drawn uniformly, with replacement."""
+        """Transitions drawn uniformly, with replacement: not by randint, whose bound a CUDA graph would freeze."""
         uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
         indices = (uniform * self.size).long()
         obs, action, reward, next_obs, discount = self.rows.index_select(0, indices).split(self.sizes, 1)
@@ -290,7 +291,7 @@ class DDPG:
 
     def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
         (obs_dim,) = obs_space.shape
-        low, high = torch.as_tensor(action_space.low).float(), torch.as_tensor(action_space.high).float()
+        low, high = torch.tensor(action_space.low).float(), torch.tensor(action_space.high).float()
         self.actor = Actor(obs_dim, low, high, args.layer_norm in ("actor", "both")).to(device)
         self.qf = QNetwork(obs_dim, low, high, args.layer_norm in ("critic", "both")).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
@@ -306,6 +307,7 @@ class DDPG:
         else:
             self.noise = ParameterNoise(self.actor, scale)
         self.args, self.device = args, device
+        self.obs = torch.zeros(1, obs_dim, device=device)  # what act acts on: one place, for CUDA graphs
         # Made once: collecting them anew takes 1 % of an update
         self.actor_parameters = [*self.actor.parameters()]
         self.parameters = [*self.actor_parameters, *self.qf.parameters()]
@@ -313,18 +315,16 @@ class DDPG:
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The action (action_dim,) to explore with at the observation (obs_dim,)."""
-        obs = torch.as_tensor(obs, dtype=torch.float32).unsqueeze(0)
-        action = self.explore(obs).cpu()  # the only wait for the device in a step
-        self.explored = obs, action
-        return action[0].numpy()
+        self.obs.copy_(torch.as_tensor(obs), non_blocking=True)
+        self.action = self.explore()
+        return self.action[0].cpu().numpy()  # the only wait for the device in a step
 
     @torch.no_grad()
-    def explore(self, obs):
-        """mu(s) + N, within the bounds: (1, obs_dim) to (1, action_dim)."""
-        obs = obs.to(self.device)
+    def explore(self):
+        """mu(s) + N, within the bounds: (1, action_dim)."""
         if self.args.noise == "parameter":
-            return self.actor.clip(self.noise.perturbed(obs))
-        return self.actor.clip(self.actor(obs) + self.noise.sample())
+            return self.actor.clip(self.noise.perturbed(self.obs))
+        return self.actor.clip(self.actor(self.obs) + self.noise.sample())
 
     def anneal_noise(self, global_step: int):
         progress = min(global_step / self.args.noise_anneal_steps, 1)
@@ -340,14 +340,14 @@ class DDPG:
                 noise = (self.args.target_noise * torch.randn_like(next_action)).clamp(-limit, limit)
                 next_action = self.actor.clip(next_action + noise * self.actor.action_scale)
             next_q = self.target_qf(batch.next_obs, next_action)
-            y = batch.reward + batch.discount * next_q  # equation 5; the discount is 0 after a terminal state
+            y = batch.reward + batch.discount * next_q  # equation 5, by the targets; no value after a terminal state
         q = self.qf(batch.obs, batch.action)
         return F.mse_loss(q, y), q
 
     def actor_loss(self, obs):
-        """Minus the mean of Q(s, mu(s)): by the chain rule, its gradient is minus the mean of equation 6's
+        """Minus the mean of Q(s, mu(s)): descending it ascends the sampled policy gradient, equation 6.
 
-        grad_a Q(s, a) at a = mu(s), times grad_theta mu(s), so that descending it ascends the sampled policy gradient.
+        By the chain rule, the gradient of Q(s, mu(s)) is that of Q by the action, at a = mu(s), times that of mu(s).
         """
         return -self.qf(obs, self.actor(obs)).mean()
 
@@ -361,13 +361,13 @@ class DDPG:
 
         Returns what is logged, still on the device: nothing here waits for it.
         """
-        self.qf.zero_grad()
+        self.qf_optimizer.zero_grad()
         qf_loss, q = self.critic_loss(batch)
         qf_loss.backward()
         self.qf_optimizer.step()
         losses = {"losses/qf1_loss": qf_loss.detach(), "losses/qf1_values": q.detach().mean()}
         if update_actor:
-            self.actor.zero_grad()
+            self.actor_optimizer.zero_grad()
             actor_loss = self.actor_loss(batch.obs)
             actor_loss.backward(inputs=self.actor_parameters)  # Q's descend their own loss alone
             self.actor_optimizer.step()
@@ -377,14 +377,13 @@ class DDPG:
 
     @torch.no_grad()
     def diagnostics(self, batch: Batch):
-        """Logged beside the losses, after an update: it waits for the device, and would cost time at every step."""
-        explored_obs, action = self.explored
+        """Logged beside the losses, after an update: at every step it would cost time."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         scalars = {
             "losses/qf1_grad_norm": grad_norm(self.qf),
             "losses/actor_grad_norm": grad_norm(self.actor),
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
-            "charts/exploration_difference": (action - self.actor(explored_obs.to(self.device)).cpu()).abs().mean(),
+            "charts/exploration_difference": (self.action - self.actor(self.obs)).abs().mean(),
         }
         if self.args.noise == "parameter":
             scalars["charts/parameter_noise_sigma"] = self.noise.sigma
@@ -399,7 +398,7 @@ class DDPG:
 
 
 def wrap(env: gym.Env, args: Args) -> gym.Env:
-    """The place for wrappers, in training and evaluation alike; no checkpoint holds the state of one that has any."""
+    """The place for your wrappers, in training and evaluation alike. A state that one keeps is in no checkpoint."""
     return env
 
 
@@ -407,10 +406,12 @@ def wrap(env: gym.Env, args: Args) -> gym.Env:
 def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
     """One episode without exploration noise in each environment, all stepped together.
 
-    Returns three arrays (N,): the environment's own return, the discounted return, and the critic's estimate of it.
+    Returns three arrays (N,): the environment's own return, the discounted return, and the critic's estimate of that.
     """
-    agent.actor.eval(), agent.qf.eval()  # for networks whose layers have two modes
-    seed = 10_000 * (agent.args.seed + 1) % (2**32 - 10_000) + first_start  # the same starts in every evaluation
+    training = agent.actor.training, agent.qf.training
+    agent.actor.eval()
+    agent.qf.eval()
+    seed = 10_000 * (agent.args.seed + 1) % (2**32 - 10_000) + first_start  # a run's own, below 2**32
     obs = np.array([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     returns, discounted, running = np.zeros(len(envs)), np.zeros(len(envs)), set(range(len(envs)))
     for step in range(agent.args.max_eval_steps):
@@ -420,9 +421,8 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
             q_estimates = agent.qf(device_obs, action).cpu().numpy()
         actions = action.cpu().numpy()
         for i in sorted(running):  # finished ones keep their rows: the batch's shape, and so the rounding, stays
-            obs[i], _, terminated, truncated, _ = envs[i].step(actions[i])
-            reward = envs[i].get_wrapper_attr("own_reward")()  # the environment's, whatever wrappers make of it
-            returns[i] += reward
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += envs[i].get_wrapper_attr("take_own_reward")()  # whatever wrappers made of it
             discounted[i] += agent.args.gamma**step * reward
             if terminated or truncated:
                 running.remove(i)
@@ -432,6 +432,8 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
             tqdm.write(f"evaluating: {len(running)} of {len(envs)} episodes run on after {step + 1:,} steps")
     if running:
         tqdm.write(f"warning: {len(running)} evaluation episodes cut at --max-eval-steps", sys.stderr)
+    agent.actor.train(training[0])
+    agent.qf.train(training[1])
     return returns, discounted, q_estimates
 
 
@@ -452,7 +454,7 @@ def main(args: Args):
         batch = buffer.sample(args.batch_size)
         return agent.update(batch, update_actor), batch
 
-    agent.explore, learn = accelerated(agent.explore, learn, args, device)  # --matmul, --cudagraphs, --compile
+    agent.explore, learn = accelerated(agent, learn)  # --compile, --matmul, --cudagraphs
 
     with Run(args, device, env, agent, buffer) as run:  # --resume and --warm-start load into agent and buffer
         episode_over = True
@@ -480,17 +482,15 @@ def main(args: Args):
                 if args.noise == "parameter" and global_step % 50 == 0:  # as often as in OpenAI Baselines
                     agent.noise.adapt(batch.obs)
 
-            # What happens around it
+            # Log, evaluate, save
             if episode_over:
                 run.log_episode(info["episode"])
             last_step = global_step == args.total_timesteps
             evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
             saving = episode_over and run.checkpoint_due()
             if learning and (global_step % 200 == 0 or evaluating or saving or last_step):
-                # Before anything is saved: a value that is not finite ends the run
-                run.log(
-                    losses | agent.diagnostics(batch) | {"charts/SPS": global_step / (time.time() - run.start_time)}
-                )
+                speed = {"charts/SPS": global_step / (time.time() - run.start_time)}
+                run.log(losses | agent.diagnostics(batch) | speed)  # first: one that is not finite ends the run
             if evaluating:
                 run.add_evaluation()  # a row in eval.csv, and model.pt
             if saving:
@@ -501,9 +501,10 @@ def main(args: Args):
 # From here on: the plumbing, word for word the same in both scripts. DDPG can be understood without it.
 
 CHECKPOINT_FORMAT = 4  # raised when the contents change: an older checkpoint is refused
-# Attributes that checkpoints leave out, and those that model.pt leaves out too
-MADE_ANEW = "args", "device", "explore", "qf_weights", "actor_parameters", "parameters", "target_parameters"
-TRAINING_ONLY = "target_.*|.*_optimizer|noise|explored"
+# Attributes that checkpoints leave out, since they are made anew, and those that model.pt leaves out too
+MADE_ANEW = "args", "device", "obs", "action", "explore"
+MADE_ANEW += "actor_parameters", "parameters", "target_parameters"
+TRAINING_ONLY = "target_.*|.*_optimizer|noise"
 # Environments whose reset sets the whole state, and wrappers that keep none from episode to episode
 EXACT = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control", "gymnasium.wrappers.common"
 EXACT += "gymnasium.wrappers.transform_", f"{__name__}.OwnReward", f"{__name__}.PixelObservation"
@@ -512,7 +513,7 @@ POSITIVE = """total_timesteps buffer_size batch_size policy_frequency eval_episo
 NOT_NEGATIVE = """seed num_threads checkpoint_interval eval_interval final_eval_episodes learning_starts ou_theta ou_dt
     ou_sigma exploration_noise exploration_noise_final noise_anneal_steps target_noise target_noise_clip
     critic_weight_decay""".split()
-os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # without bf16; oneDNN reads this once, at a process's first product
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # no bf16, for --matmul onednn; read at a process's first product
 
 
 class Run:
@@ -526,48 +527,41 @@ class Run:
         taken = not args.resume and (self.dir / "args.json").exists()
         exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
         self.refuse_what_no_checkpoint_holds()
-        if args.warm_start and not args.resume:
-            load_model(agent, args.warm_start)
         record = self.restore() if args.resume else provenance(device)
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.dir / ".lock")
-            with contextlib.suppress(NotImplementedError):  # of a network's file system
-                self.lock.acquire(timeout=0)
-            needed = args.eval_episodes if args.eval_interval or args.final_eval_episodes else 0
-            self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(needed)]
-            if args.track:
-                import wandb
+        if args.warm_start and not self.global_step:
+            load_model(agent, args.warm_start)
+        needed = args.eval_episodes if args.eval_interval or args.final_eval_episodes else 0
+        self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(needed)]
+        if args.track:
+            import wandb
 
-                names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
-                wandb.init(**names, id=record["id"], resume="allow", sync_tensorboard=True, config=asdict(args))
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
+            wandb.init(**names, id=record["id"], resume="allow", sync_tensorboard=True, config=asdict(args))
+        self.lock = filelock.FileLock(self.dir / ".lock")
+        try:  # at last, when nothing else can fail
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
             self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
             (self.dir / "result.json").unlink(missing_ok=True)
             save(self.dir / "args.json", json.dumps(record | {"args": plain(args)}, indent=2))
         except filelock.Timeout:
             exit_unless(False, f"{self.dir} is in use: a run is being trained there")
         except OSError as error:
+            self.lock.release()
             exit_unless(False, f"cannot write to {self.dir}: {error}")
+        memory = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, torch.Tensor)) / 2**30
         tqdm.write(f"{args.env_id} on {device} with {torch.get_num_threads()} CPU threads; results in {self.dir}")
-        layers = [type(env)]
-        while isinstance(env, gym.Wrapper):
-            env = env.env
-            layers.append(type(env))
-        if gym.wrappers.FlattenObservation in layers:
-            tqdm.write("note: the observations are made flat by Gymnasium's FlattenObservation")
-        inexact = [c.__name__ for c in layers if not f"{c.__module__}.{c.__name__}".startswith(EXACT)]
+        tqdm.write(f"the replay buffer takes {memory:.2f} GiB when it is full")
+        if "<FlattenObservation<" in str(env):
+            tqdm.write("note: Gymnasium's FlattenObservation makes the observations flat")
+        layers = [env]
+        while isinstance(layers[-1], gym.Wrapper):
+            layers.append(layers[-1].env)
+        classes = [type(layer) for layer in layers]
+        inexact = [each.__name__ for each in classes if not f"{each.__module__}.{each.__name__}".startswith(EXACT)]
         if inexact or device.type == "cuda":
             what = f"state of {', '.join(inexact)}" if inexact else "GPU's rounding"
             tqdm.write(f"note: resuming may not be exact here: no checkpoint holds the {what}")
-        self.stop_signal, self.evaluating, self.handlers = None, False, {}
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
-        flags = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-        total = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps")
-        self.bar = tqdm(**total, disable=None, dynamic_ncols=True)  # None: only on a terminal
-        self.printed_step, self.printed_time = self.global_step, time.time()
 
     def refuse_what_no_checkpoint_holds(self):
         """Before training and after the first update, which may add attributes: not hours later."""
@@ -584,7 +578,9 @@ class Run:
     def restore(self) -> dict:
         """Go back to the last checkpoint, if there is one yet; returns what args.json records."""
         record, path = json.loads((self.dir / "args.json").read_text(encoding="utf-8")), self.dir / "checkpoint.pt"
-        checkpoint = load(path, script=SCRIPT, format=CHECKPOINT_FORMAT) if path.exists() else None
+        checkpoint = load(path) if path.exists() else None
+        version = checkpoint.get("format") if checkpoint else CHECKPOINT_FORMAT
+        exit_unless(version == CHECKPOINT_FORMAT, f"{path} cannot be read by this version: its format is {version}")
         saved = checkpoint["args"] if checkpoint else record["args"]
         for name, value in plain(self.args).items():
             kept = name in ("resume", "total_timesteps") or saved.get(name, value) == value
@@ -613,21 +609,30 @@ class Run:
         self.saved_step = self.global_step
 
     def checkpoint_due(self) -> bool:
-        interval = self.args.checkpoint_interval or sys.maxsize
-        return self.global_step // interval > self.saved_step // interval
+        interval = self.args.checkpoint_interval
+        return interval > 0 and self.global_step // interval > self.saved_step // interval
 
     def __enter__(self):
+        self.stop_signal, self.evaluating, self.handlers = None, False, {}
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
+        flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+        total, done = self.args.total_timesteps, self.global_step
+        self.bar = tqdm(total=total, initial=done, unit=" steps", disable=None, dynamic_ncols=True)  # not in a pipe
+        self.printed_step, self.printed_time = self.global_step, time.time()
         return self
 
     def stop(self, number, frame):
-        """Between two steps, or at once while evaluating: an exception within a write could hang the log."""
+        """End the run after this step, or at once in an evaluation: an exception within a write could hang the log."""
         signal.signal(number, self.handlers[number])  # a second one does what it would without this run
         self.stop_signal = number
         if self.evaluating:
             raise KeyboardInterrupt
 
     def report_thread(self, error):
-        """But not the log's: what it raises comes back in the next call."""
+        """An error of another thread, unless it is the log's, which comes back from the next call to the log."""
         if type(error.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
             self.excepthook(error)
 
@@ -650,6 +655,10 @@ class Run:
         threading.excepthook = self.excepthook
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.args.track:
+            import wandb
+
+            wandb.finish(exit_code=int(kind is not None))
         ended = f"ended at step {self.global_step:,}; --resume {self.dir} goes on from step {self.saved_step:,}"
         if kind is KeyboardInterrupt:
             tqdm.write(f"stopped: {ended}", sys.stderr)
@@ -732,9 +741,10 @@ class Run:
         save(self.dir / "result.json", json.dumps(result, indent=2))
         if not self.args.keep_checkpoint:
             (self.dir / "checkpoint.pt").unlink(missing_ok=True)
-        mean = f"; final return {np.mean(last):.1f}, the mean of {len(last)} evaluation{'s' * (len(last) > 1)}"
-        took = tqdm.format_interval(seconds)
-        tqdm.write(f"complete after {self.global_step:,} steps in {took}{mean if last else ''}")
+        line = f"complete after {self.global_step:,} steps in {tqdm.format_interval(seconds)}"
+        if last:
+            line += f"; final return {np.mean(last):.1f}, the mean of {len(last)} evaluation{'s' * (len(last) > 1)}"
+        tqdm.write(line)
 
 
 def evaluate_run(args: Args):
@@ -744,7 +754,7 @@ def evaluate_run(args: Args):
     agent = DDPG(args, envs[0].observation_space, envs[0].action_space, device)
     model = load_model(agent, args.evaluate)
     if (model["env_id"], model["args"].get("env_kwargs", "{}")) != (args.env_id, args.env_kwargs):
-        tqdm.write(f"note: it was trained in another environment, {model['env_id']}")
+        tqdm.write(f"note: trained in another environment: {model['env_id']} {model['args'].get('env_kwargs', '{}')}")
     if args.capture_video:
         envs = [film(env, Path(args.evaluate), f"start-{i}") for i, env in enumerate(envs)]
     returns, *_ = evaluate(agent, envs)
@@ -756,12 +766,13 @@ def evaluate_run(args: Args):
 
 def parse_args() -> Args:
     """The command line; with --resume and --evaluate, on top of the run's own flags."""
-    one_rate = "--learning-rate" in sys.argv and not hasattr(Args, "learning_rate")
-    exit_unless(not one_rate, "the paper has two learning rates: --actor-lr and --critic-lr")
+    one_rate = any(re.fullmatch("--learning[-_]rate(=.*)?", word) for word in sys.argv)
+    two_rates = not hasattr(Args, "learning_rate")
+    exit_unless(not (one_rate and two_rates), "the paper has two learning rates: --actor-lr and --critic-lr")
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def integers(info):  # as people type them, 1e6 too; set_up refuses 1.5
+    def integers(info):  # 1e6 too; a float here, which set_up turns into an integer or refuses
         spec = tyro.constructors.PrimitiveConstructorSpec
         number = spec(1, "INT", lambda words: float(words[0]), lambda n: isinstance(n, int), lambda n: [str(n)])
         return number if info.type is int else None
@@ -775,18 +786,20 @@ def parse_args() -> Args:
 
 def args_of(run_dir: str, evaluate: bool = False, **changes) -> Args:
     """The flags with which to resume a run, or to evaluate its model."""
-    path, own = Path(run_dir, "args.json"), dict(resume=run_dir)
-    if evaluate:
-        path, own = Path(run_dir, "model.pt"), dict(evaluate=run_dir, capture_video=False)
-    exit_unless(path.exists(), f"{run_dir} holds no run of {SCRIPT}.py with a {path.name}")
-    saved = load(path, script=SCRIPT) if evaluate else json.loads(path.read_text(encoding="utf-8"))
-    exit_unless(saved["script"] == SCRIPT, f"{run_dir} holds a run of {saved['script']}.py")
-    flags = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in saved["args"].items()}
-    return Args(**flags | own | changes)
+    try:
+        if evaluate:
+            saved, own = load(Path(run_dir, "model.pt")), dict(evaluate=run_dir, capture_video=False)
+        else:
+            saved, own = json.loads(Path(run_dir, "args.json").read_text(encoding="utf-8")), dict(resume=run_dir)
+        exit_unless(saved["script"] == SCRIPT, f"{run_dir} holds a run of {saved['script']}.py")
+        flags = {name: tuple(flag) if isinstance(flag, list) else flag for name, flag in saved["args"].items()}
+        return Args(**flags | own | changes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        exit_unless(False, f"{run_dir} holds no run of {SCRIPT}.py: {type(error).__name__}: {error}")
 
 
 def plain(args: Args) -> dict:
-    """The flags as they come back from JSON: lists for tuples, and new strings, which pickle always writes alike."""
+    """The flags as JSON gives them back: of new strings, since pickle writes the same one twice as a reference."""
     return json.loads(json.dumps(asdict(args) | {"resume": None}))
 
 
@@ -801,7 +814,7 @@ def set_up(args: Args) -> torch.device:
     """Checks the flags, sets the seeds and torch's switches."""
     for field in fields(args):
         value, flag = getattr(args, field.name), f"--{field.name.replace('_', '-')}"
-        if field.type is int and isinstance(value, float):
+        if int in (field.type, *get_args(field.type)) and isinstance(value, float):
             exit_unless(value.is_integer(), f"{flag} must be an integer, not {value}")
             setattr(args, field.name, int(value))
         choices = get_args(field.type) if get_origin(field.type) is Literal else [value]
@@ -810,19 +823,24 @@ def set_up(args: Args) -> torch.device:
         exit_unless(field.name not in NOT_NEGATIVE or 0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
     exit_unless(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
     exit_unless(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
+    # Flags of one of the two scripts
     momentum, n_step = getattr(args, "batch_norm_momentum", 0), getattr(args, "n_step", 1)
     exit_unless(0 <= momentum <= 1, f"--batch-norm-momentum must be in [0, 1], not {momentum}")
     still = getattr(args, "noise", "") == "parameter" and args.exploration_noise == 0
     exit_unless(not still, "--noise parameter starts from --exploration-noise, which must be positive")
     exit_unless(n_step <= args.learning_starts + 1, "--learning-starts must be at least --n-step - 1")
+    try:
+        env_kwargs = json.loads(args.env_kwargs)
+    except ValueError:
+        env_kwargs = None
+    exit_unless(isinstance(env_kwargs, dict), f"--env-kwargs must be a JSON object, not {args.env_kwargs}")
     exit_unless(args.seed < 2**32, f"--seed must be below 2**32, not {args.seed}")
     exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = f"--learning-starts {args.learning_starts:,} must be below --total-timesteps {args.total_timesteps:,}"
     exit_unless(args.learning_starts < args.total_timesteps, learns)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if not args.evaluate:
-        fast = args.cudagraphs or args.compile
-        exit_unless(device.type == "cuda" or not fast, "--cudagraphs and --compile need a CUDA device")
+        exit_unless(device.type == "cuda" or not args.cudagraphs, "--cudagraphs needs a CUDA device")
         exit_unless(not args.track or find_spec("wandb"), "--track needs Weights & Biases: pip install wandb")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -830,7 +848,7 @@ def set_up(args: Args) -> torch.device:
         cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", cpu)
         args.matmul = "onednn" if family and int(family[1]) >= 26 else "mkl"
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are 0: L2 makes many, and Intel's CPUs are slow with them
+    torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: Intel's CPUs are slow with them
     torch.backends.cudnn.deterministic = args.torch_deterministic
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -839,7 +857,7 @@ def set_up(args: Args) -> torch.device:
 
 
 class OwnReward(gym.Wrapper):
-    """Next to the environment, within all wrappers: adds up what the environment itself pays."""
+    """Next to the environment, within all wrappers: checks and adds up what the environment itself pays."""
 
     paid = 0.0
 
@@ -854,8 +872,8 @@ class OwnReward(gym.Wrapper):
         self.paid += float(reward)
         return obs, float(reward), terminated, truncated, info
 
-    def own_reward(self) -> float:
-        """Since this was last called: a wrapper may take several steps."""
+    def take_own_reward(self) -> float:
+        """What the environment has paid since this was last called: a wrapper may take several steps."""
         paid, self.paid = self.paid, 0.0
         return paid
 
@@ -867,14 +885,16 @@ def checked(obs):
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
-    env_id, pixels, states = args.env_id, getattr(args, "pixels", False), random_states()
+    env_id, pixels = args.env_id, getattr(args, "pixels", False)
+    states = random_states()  # an environment may draw numbers, or seed, as it is made
+    warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # render without a screen
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     try:
         import mujoco  # fails where MUJOCO_GL names a GL that is not there
 
-        mujoco.set_mju_user_warning(lambda text: "deprecated" in text or tqdm.write(f"warning: {text}", sys.stderr))
+        mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else tqdm.write(text, sys.stderr))
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render or pixels else {})
         env = wrap(OwnReward(gym.make(env_id, **kwargs)), args)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
@@ -885,21 +905,21 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
             env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
             env.render()
     except Exception as error:  # a missing GL, for one, shows in many ways
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        place = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
         cause = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-        remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri" if render else ""
-        exit_unless(False, f"cannot make {env_id}: {cause}{remedy}")
+        remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri"
+        exit_unless(False, f"cannot make {env_id}: {cause}{remedy if render or pixels else ''}")
     random_states(restore=states)
     obs, action = env.observation_space, env.action_space
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and len(action.shape) == 1
     exit_unless(continuous, f"DDPG needs a continuous action space, a flat Box of floats: {env_id} has {action}")
-    ranges = np.float64(action.high) - action.low
-    usable = ((0 < ranges) & (ranges < 1e38)).all()
+    low, high = np.float32(action.low), np.float32(action.high)
+    usable = (low < high).all() and np.abs([low, high]).max() < 1e38
     exit_unless(usable, f"DDPG needs an action space with finite bounds that differ: {env_id} has {action}")
     box = isinstance(obs, gym.spaces.Box)
     images = box and len(obs.shape) > 1 and (obs.dtype == np.uint8 or (obs.low.min(), obs.high.max()) == (0, 255))
     exit_unless(pixels or not images, f"{env_id} observes images: ddpg_paper_faithful.py --pixels learns from pixels")
-    exit_unless(obs.is_np_flattenable, f"the observations must be Boxes, alone or together: {env_id} has {obs}")
+    exit_unless(obs.is_np_flattenable, f"Gymnasium cannot make the observations flat: {env_id} has {obs}")
     if not images and not (box and len(obs.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)
     env = gym.wrappers.TransformObservation(env, checked, env.observation_space)
@@ -921,30 +941,30 @@ def save(path: Path, contents):
     temporary.replace(path)
 
 
-def load(path: Path, **expected) -> dict:
-    """What torch.save wrote, if every byte is intact and it holds the expected items; else one line, exit code 2."""
+def load(path: Path) -> dict:
+    """What this script saved, if every byte is intact; else one line and exit code 2."""
     try:
         with zipfile.ZipFile(path) as archive:
             exit_unless(archive.testzip() is None, f"{path} is corrupt")
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise many kinds on a broken file
         exit_unless(False, f"cannot read {path}: {error}".splitlines()[0])
-    for key, value in expected.items():
-        found = contents.get(key) if isinstance(contents, dict) else None
-        exit_unless(found == value, f"{path} belongs to another run or script: its {key} is {found}, not {value}")
+    found = contents.get("script") if isinstance(contents, dict) else None
+    exit_unless(found == SCRIPT, f"{path} belongs to another run or script: its script is {found}, not {SCRIPT}")
     return contents
 
 
 def load_model(agent: DDPG, run_dir: str) -> dict:
     """A run's model.pt, which goes into the agent: into the targets too, or training on would begin with others."""
-    path, bounds = Path(run_dir, "model.pt"), agent.actor.action_low.clone()
-    model = load(path, script=SCRIPT)
+    path, bounds = Path(run_dir, "model.pt"), torch.cat([agent.actor.action_low, agent.actor.action_high])
+    model = load(path)
     try:
         names = [name for name in agent.state_dict() if not re.fullmatch(TRAINING_ONLY, name)]
         set_attributes(agent, {name: model[name] for name in names})
     except (KeyError, RuntimeError) as error:
         exit_unless(False, f"{path} does not fit this environment and these flags: {error}")
-    exit_unless(bounds.equal(agent.actor.action_low), f"{path} is for other action bounds")
+    same = bounds.equal(torch.cat([agent.actor.action_low, agent.actor.action_high]))
+    exit_unless(same, f"{path} is for other action bounds")
     for name, target in vars(agent).items():
         if name.startswith("target_") and isinstance(target, nn.Module):
             target.load_state_dict(getattr(agent, name.removeprefix("target_")).state_dict())
@@ -957,6 +977,7 @@ def attributes(part) -> dict:
     return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in own.items()}
 
 
+@torch.no_grad()
 def set_attributes(part, state: dict):
     for name, value in copy.deepcopy(state).items():  # a copy: what was loaded is mapped from its file
         own = getattr(part, name, None)
@@ -985,31 +1006,35 @@ def provenance(device: torch.device) -> dict:
     return code | dict(id=os.urandom(4).hex(), defaults=plain(Args()), versions=versions, hardware=hardware)
 
 
-def random_states(env: gym.Env | None = None, restore: list | None = None) -> list:
+def random_states(env: gym.Env | None = None, restore: dict | None = None) -> dict:
     """Sets the global random generators, and the environment's, as in `restore`, if given; returns plain values."""
-    own = [getattr(env.unwrapped, "np_random", None), env.action_space.np_random] if env else []
-    rngs = [np.random.get_bit_generator(), *(x.bit_generator for x in own if isinstance(x, np.random.Generator))]
+    own = dict(env=getattr(env.unwrapped, "np_random", None), action=env.action_space.np_random) if env else {}
+    own = {name: rng.bit_generator for name, rng in own.items() if isinstance(rng, np.random.Generator)}
     if restore:
-        torch.set_rng_state(restore[0])
-        torch.cuda.set_rng_state_all(restore[1])
-        random.setstate(restore[2])
-        for rng, state in zip(rngs, restore[3], strict=True):
-            rng.state = json.loads(state)
+        torch.set_rng_state(restore["torch"])
+        torch.cuda.set_rng_state_all(restore["cuda"])
+        random.setstate(restore["python"])
+        np.random.set_state(json.loads(restore["numpy"]))
+        for name, state in json.loads(restore["own"]).items():
+            if name in own and own[name].state["bit_generator"] == state["bit_generator"]:
+                own[name].state = state
+    numpy, own = np.random.get_state(legacy=False), {name: rng.state for name, rng in own.items()}
+    states = {name: json.dumps(state, default=np.ndarray.tolist) for name, state in (("numpy", numpy), ("own", own))}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    states = [json.dumps(rng.state, default=np.ndarray.tolist) for rng in rngs]
-    return [torch.get_rng_state(), cuda, random.getstate(), states]
+    return states | dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
 
 
 def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Tensor:
     """Memory for the replay buffer, uninitialised, if there is enough; else one line and exit code 2."""
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     for limit in "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes":  # of a container
         with contextlib.suppress(OSError, ValueError):
             free = min(free, int(Path(limit).read_text()))
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
     needed = np.prod(shape, dtype=float) * dtype.itemsize
-    takes = f"the replay buffer takes {needed / 2**30:.2f} GiB when it is full"
-    exit_unless(needed < free, f"{takes}, but {free / 2**30:.2f} GiB are free: lower --buffer-size")
-    tqdm.write(takes)
+    sizes = f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+    exit_unless(needed < free, f"the replay buffer needs {sizes}: lower --buffer-size")
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -1018,20 +1043,13 @@ def grad_norm(network: nn.Module) -> torch.Tensor:
     return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def accelerated(explore, learn, args: Args, device: torch.device):
-    """Both functions as --matmul, --compile and --cudagraphs ask for."""
-    usual_learn = learn
-
-    def learn_by_onednn(update_actor):  # and not acting, too: for small products MKL starts sooner
-        torch.set_float32_matmul_precision("medium")  # hands products to oneDNN, with leave to use bf16, which it lacks
-        result = usual_learn(update_actor)
-        torch.set_float32_matmul_precision("highest")
-        return result
-
-    if device.type == "cpu" and args.matmul == "onednn":
-        learn = learn_by_onednn
+def accelerated(agent: DDPG, learn):
+    """agent.explore and learn as --compile, --matmul and --cudagraphs ask for."""
+    args, explore = agent.args, agent.explore
     if args.compile:
-        explore, learn = torch.compile(explore), torch.compile(learn)
+        learn = compiled(learn, agent)
+    if agent.device.type == "cpu" and args.matmul == "onednn":
+        learn = multiplied_by_onednn(learn)
     if args.cudagraphs:
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
@@ -1039,27 +1057,88 @@ def accelerated(explore, learn, args: Args, device: torch.device):
     return explore, learn
 
 
+def compiled(learn, agent: DDPG):
+    """`learn` as one graph, with backward and Adam in it, once the optimisers have their state."""
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._inductor.config.fallback_random = True  # torch's own random numbers
+    graph = torch.compile(learn, fullgraph=True, options={"cpp_wrapper": agent.device.type == "cpu"})
+    modules = [value for value in vars(agent).values() if isinstance(value, nn.Module)]
+    optimizers = [value for value in vars(agent).values() if isinstance(value, torch.optim.Adam)]
+    networks = {}  # that each of them trains
+    for optimizer in optimizers:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        networks[optimizer] = [each for each in modules if trained & set(map(id, each.parameters()))]
+    try:
+        torch.compile(torch.sin)(torch.zeros(9, device=agent.device))
+    except Exception as error:  # of many kinds
+        exit_unless(False, f"--compile needs a C++ compiler, such as g++: {str(error).splitlines()[0]}")
+
+    def learn_compiled(update_actor):
+        if not all(optimizer.state for optimizer in optimizers):
+            return learn(update_actor)
+        for optimizer in optimizers:  # torch.optim's own methods cannot be traced
+            vars(optimizer).setdefault("step", partial(adam_step, optimizer))
+            vars(optimizer).setdefault("zero_grad", partial(zero_grad, networks[optimizer]))
+        try:
+            return graph(update_actor)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            sys.exit(f"error: --compile cannot make this update one graph ({reason}): leave it away")
+
+    return learn_compiled
+
+
+def zero_grad(networks: list[nn.Module]):
+    for network in networks:
+        network.zero_grad()
+
+
+@torch.no_grad()
+def adam_step(optimizer: torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, algorithm 1) in plain operations."""
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            state, gradient = optimizer.state[parameter], parameter.grad
+            if group["weight_decay"]:
+                gradient = gradient + group["weight_decay"] * parameter
+            state["step"].add_(1)
+            state["exp_avg"].lerp_(gradient, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            mean = state["exp_avg"] / (1 - beta1 ** state["step"])
+            square = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
+            parameter.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
+
+
+def multiplied_by_onednn(learn):
+    """`learn` with its matrix products by oneDNN; not acting, too: for small products MKL starts sooner."""
+
+    def by_onednn(function, *args):
+        torch.set_float32_matmul_precision("medium")  # hands products to oneDNN, with leave to use bf16, which it lacks
+        result = function(*args)
+        torch.set_float32_matmul_precision("highest")
+        return result
+
+    fine = torch.full((64, 64), 1 + 2**-12)  # bf16 rounds it to 1
+    exact = by_onednn(torch.mm, fine, torch.eye(64)).equal(fine)
+    exit_unless(exact, f"something multiplied before {SCRIPT} was imported, and oneDNN has bf16: take --matmul mkl")
+    return partial(by_onednn, learn)
+
+
 def cuda_graphed(function, warmup=3):
-    """`function` replayed as a CUDA graph, one for each argument; the first calls run, and count, as usual.
+    """`function` replayed as a CUDA graph, one for each set of arguments; the first calls run as usual."""
+    calls, graphs, outputs = {}, {}, {}
 
-    A tensor is copied to where the graph reads it: all tensors have one graph.
-    """
-    calls, graphs, outputs, static = {}, {}, {}, None
-
-    def call(argument):
-        nonlocal static
-        if isinstance(argument, torch.Tensor):
-            static = argument.cuda() if static is None else static.copy_(argument, non_blocking=True)
-            argument = static
-        calls[argument] = calls.get(argument, 0) + 1
-        if calls[argument] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
-            return function(argument)
-        if argument not in graphs:
-            graphs[argument] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[argument]):
-                outputs[argument] = function(argument)
-        graphs[argument].replay()
-        return outputs[argument]
+    def call(*arguments):
+        calls[arguments] = calls.get(arguments, 0) + 1
+        if calls[arguments] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
+            return function(*arguments)
+        if arguments not in graphs:
+            graphs[arguments] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[arguments]):
+                outputs[arguments] = function(*arguments)
+        graphs[arguments].replay()
+        return outputs[arguments]
 
     return call
 

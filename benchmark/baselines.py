@@ -11,7 +11,7 @@ import csv
 import functools
 import importlib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,13 +66,12 @@ def random_returns(env_id: str, episodes: int) -> list[float]:
 def untrained_returns(script: str, env_id: str, episodes: int) -> list[float]:
     """The mean returns of freshly initialised agents, by the script's own evaluation."""
     module, returns = importlib.import_module(script), []
-    args = module.Args(env_id=env_id, eval_episodes=EVAL_EPISODES)
-    envs = module.make_eval_envs(args, run_dir=None)
+    envs = [module.make_env(module.Args(env_id=env_id)) for _ in range(EVAL_EPISODES)]
     for seed in range(1, episodes // EVAL_EPISODES + 1):
         torch.manual_seed(seed)
-        agent = module.DDPG(args, envs[0].observation_space, envs[0].action_space, torch.device("cpu"))
-        first_seed = module.first_eval_seed(replace(args, seed=seed))
-        returns.append(module.evaluate(agent, envs, first_seed, args.max_eval_steps)[0].mean())
+        spaces = envs[0].observation_space, envs[0].action_space
+        agent = module.DDPG(module.Args(seed=seed), *spaces, torch.device("cpu"))
+        returns.append(module.evaluate(agent, envs)[0].mean())
     return returns
 
 
@@ -85,7 +84,7 @@ def main(args: Args):
         measured[f"untrained {script}"] = functools.partial(untrained_returns, script)
     rows = []
     if args.out.exists():  # what was measured of other environments stays
-        rows = [row for row in csv.DictReader(args.out.open()) if row["env_id"] not in args.env_ids]
+        rows = [row for row in csv.DictReader(args.out.open(encoding="utf-8")) if row["env_id"] not in args.env_ids]
     for env_id in args.env_ids:
         for policy, measure in measured.items():
             returns = measure(env_id, args.episodes)
@@ -94,7 +93,7 @@ def main(args: Args):
             rows.append(dict(env_id=env_id, policy=policy, mean=mean, std=std, episodes=args.episodes))
             rows[-1] |= {package: version(package) for package in ("gymnasium", "mujoco")}
             print(f"{env_id}, {policy}: {mean} ± {std}", flush=True)
-    with open(args.out, "w", newline="") as file:
+    with open(args.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -11,13 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import mujoco
 import torch
 import tyro
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ddpg_continuous_action import exit_unless
 
 
 @dataclass
@@ -44,23 +43,13 @@ class Args:
     """fail if the film is larger than this"""
 
 
-def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def load_agent(folder: Path):
-    """The agent of a model.pt, its environment with a camera that follows, and the step it was saved at."""
-    model = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    script = importlib.import_module(model["script"])
-    args = script.Args(**model["args"])
+    """The agent of a model.pt, its environment, and the step it was saved at."""
+    script = importlib.import_module(torch.load(folder / "model.pt", map_location="cpu", weights_only=True)["script"])
+    args = script.args_of(folder, evaluate=True)
     env = script.make_env(args, render=True)
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer and not getattr(args, "pixels", False):  # gymnasium 1.4's choice stands still; a pixel policy knows it
-        renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # -1: none
     agent = script.DDPG(args, env.observation_space, env.action_space, torch.device("cpu"))
-    agent.load_state_dict({name: state for name, state in model.items() if name in vars(agent)})
-    return agent, env, model["global_step"]
+    return agent, env, script.load_model(agent, folder)["global_step"]
 
 
 @torch.no_grad()
@@ -100,10 +89,8 @@ def with_one_palette(pictures: list[Image.Image], colors: int) -> list[Image.Ima
 
 
 def main(args: Args):
-    if not (args.model / "model.pt").exists():
-        fail(f"{args.model} holds no model.pt")
-    if args.out.suffix not in (".gif", ".png"):
-        fail(f"a film is a .gif or a .png, not {args.out}")
+    exit_unless((args.model / "model.pt").exists(), f"{args.model} holds no model.pt")
+    exit_unless(args.out.suffix in (".gif", ".png"), f"a film is a .gif or a .png, not {args.out}")
     agent, env, global_step = load_agent(args.model)
     pictures, episodes = film(agent, env, args)
     first, *rest = with_one_palette(pictures, args.colors)
@@ -112,8 +99,8 @@ def main(args: Args):
     size = args.out.stat().st_size / 1e6
     print(f"{env.spec.id} after {global_step:,} steps, {len(pictures)} frames: {'; '.join(episodes)}")
     print(f"{args.out}: {size:.2f} MB")
-    if size > args.max_mb:
-        fail(f"the film is larger than {args.max_mb} MB: fewer --frames, --colors or a smaller --width help")
+    remedy = "fewer --frames, --colors or a smaller --width help"
+    exit_unless(size <= args.max_mb, f"the film is larger than {args.max_mb} MB: {remedy}")
 
 
 if __name__ == "__main__":

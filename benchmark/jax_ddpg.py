@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "moviepy==2.2.1",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "filelock==4.3.1", "psutil==7.2.2", "moviepy==2.2.1",
 #   "jax==0.10.2", "jaxlib==0.10.2", "optax==0.2.8"]
 # ///
 """The agent of ddpg_continuous_action.py in JAX, on the CPU: the same DDPG through XLA.
@@ -9,8 +9,8 @@
     pip install -r benchmark/requirements-jax.txt
     python benchmark/jax_ddpg.py --env-id Hopper-v5 --seed 3
 
-What learns is here, in the same order and under the same names as in the PyTorch script: networks, agent, loop. What
-surrounds it is imported from that script: flags, environments, evaluation, log, checkpoints and errors.
+What learns is here, in the same order and under the same names as in the PyTorch script: networks, replay buffer and
+agent. The loop and what surrounds it are that script's: flags, environments, evaluation, log, checkpoints and errors.
 """
 
 import os
@@ -18,15 +18,17 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_continuous_action as tuned
-from ddpg_continuous_action import Batch, Run, evaluate, evaluate_run, exit_unless, parse_args, set_up
+from ddpg_continuous_action import Batch, exit_unless
 
 try:
     import jax
@@ -44,15 +46,9 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)  # nothing could be do
 
 @dataclass
 class Args(tuned.Args):
-    exp_name: str = SCRIPT
-    """name of the experiment, part of the run's name"""
-    cuda: bool = False
-    """not for JAX, which runs on the CPU here"""
-    matmul: str = "XLA"
-    """not for JAX: XLA multiplies matrices"""
-
-    SCRIPT = SCRIPT
-    PACKAGES = *tuned.Args.PACKAGES, "jax", "jaxlib", "optax"
+    exp_name: str = SCRIPT  # name of the experiment, part of the run's name
+    cuda: bool = False  # not for JAX, which runs on the CPU here
+    matmul: str = "XLA"  # not for JAX: XLA multiplies matrices
 
 
 def init(key, **layers) -> dict:
@@ -89,17 +85,56 @@ def actor(params, obs, scale, bias):
 class ReplayBuffer(tuned.ReplayBuffer):
     """The PyTorch script's memory in NumPy: torch's operations between JAX's would cost a few per cent of a step."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.array = self.rows.numpy()  # the same memory
-
     def add(self, obs, action, reward, next_obs, discount):
-        self.array[self.added % len(self.array)] = np.concatenate([obs, action, [reward], next_obs, [discount]])
+        row = np.concatenate([obs, action, [reward], next_obs, [discount]])
+        self.rows.numpy()[self.added % len(self.rows)] = row
         self.added += 1
 
     def sample(self, batch_size: int) -> np.ndarray:
         """Transitions drawn uniformly, with replacement: rows (N, 2 obs_dim + action_dim + 2), split by the update."""
-        return self.array[np.random.randint(min(self.added, len(self.array)), size=batch_size)]
+        return self.rows.numpy()[np.random.randint(min(self.added, len(self.rows)), size=batch_size)]
+
+
+class Part(nn.Module):
+    """A part of an agent's state as the PyTorch script evaluates, saves and loads its own: in torch's tensors.
+
+    `function` computes a network's output of the part and the inputs; `buffers` are those of the network in torch.
+    """
+
+    def __init__(self, agent, name: str, function=None, **buffers: np.ndarray):
+        super().__init__()
+        self.agent, self.name, self.function = agent, name, function
+        for buffer, array in buffers.items():
+            self.register_buffer(buffer, torch.tensor(array))
+
+    def forward(self, *inputs):
+        output = self.function(self.agent.state[self.name], *(tensor.numpy() for tensor in inputs))
+        return torch.from_numpy(np.array(output))
+
+    def clip(self, action):
+        return action.clamp(self.action_low, self.action_high)
+
+    def reset(self):
+        """Of the noise, at the start of each episode: there is nothing to start anew."""
+
+    def state_dict(self):
+        arrays = jax.tree_util.tree_leaves_with_path(self.agent.state[self.name])
+        tensors = {path_name(path): torch.from_numpy(np.array(array)) for path, array in arrays}
+        return tensors | super().state_dict()
+
+    def load_state_dict(self, state):
+        def loaded(path, array):
+            tensor = state[path_name(path)]
+            if tensor.shape != array.shape:
+                raise RuntimeError(f"{path_name(path)} is {tuple(tensor.shape)}, not {array.shape}")
+            return jnp.array(tensor.numpy())
+
+        super().load_state_dict(state, strict=False)  # the buffers
+        self.agent.state[self.name] = jax.tree_util.tree_map_with_path(loaded, self.agent.state[self.name])
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 class DDPG:
@@ -111,14 +146,14 @@ class DDPG:
     def __init__(self, args: Args, obs_space: gym.spaces.Box, action_space: gym.spaces.Box, device: torch.device):
         if args.num_threads:  # else XLA's own choice, which it makes when it first computes: now
             os.environ["NPROC"] = str(args.num_threads)
-        (obs_dim,), (low, high) = obs_space.shape, map(torch.Tensor.numpy, tuned.float32_bounds(action_space))
+        (obs_dim,), low, high = obs_space.shape, np.float32(action_space.low), np.float32(action_space.high)
         self.low, self.high, self.scale, self.bias = low, high, (high - low) / 2, (high + low) / 2
         self.mu = jax.jit(partial(actor, scale=self.scale, bias=self.bias))
         self.q = jax.jit(partial(q_network, scale=self.scale, bias=self.bias))
         self.columns = np.cumsum([obs_dim, len(low), 1, obs_dim])  # where a row of the replay buffer is split
         # Over one vector instead of six arrays: 5 % of an update, and too little at a time to keep a second thread busy
         self.optimizer = optax.flatten(optax.adam(args.learning_rate))
-        actor_key, qf_key, key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
+        actor_key, qf_key, noise_key = jax.random.split(jax.random.PRNGKey(args.seed), 3)
         networks = {
             "actor": init(actor_key, fc1=(obs_dim, 256), fc2=(256, 256), fc_mu=(256, len(low))),
             "qf": init(qf_key, fc1=(obs_dim + len(low), 256), fc2=(256, 256), fc3=(256, 1)),
@@ -127,11 +162,12 @@ class DDPG:
         self.state = OrderedDict(networks)
         self.state |= {f"target_{name}": jax.tree.map(jnp.copy, params) for name, params in networks.items()}
         self.state |= {f"{name}_optimizer": self.optimizer.init(params) for name, params in networks.items()}
-        self.state["key"] = key  # of the exploration noise
-        # As evaluate() calls them
-        self.actor = on_tensors(lambda obs: self.mu(self.state["actor"], obs))
-        self.actor.clip = on_tensors(self.clip)
-        self.qf = on_tensors(lambda obs, action: self.q(self.state["qf"], obs, action))
+        self.state["noise"] = noise_key
+        for name in self.state:
+            setattr(self, name, Part(self, name))
+        units = dict(action_scale=self.scale, action_bias=self.bias)
+        self.actor = Part(self, "actor", self.mu, action_low=low, action_high=high, **units)
+        self.qf = Part(self, "qf", self.q, **units)
         self.args, self.device = args, device
         self.obs = np.zeros((1, obs_dim), np.float32)
         self.action = np.zeros(len(low))  # the last one
@@ -143,7 +179,7 @@ class DDPG:
     def act(self, obs):
         """The action (action_dim,) to explore with after the observation (obs_dim,), both NumPy arrays."""
         self.obs[0] = obs
-        action, self.state["key"] = self.explore(self.state["actor"], self.obs, self.state["key"])
+        action, self.state["noise"] = self.explore(self.state["actor"], self.obs, self.state["noise"])
         self.action = np.asarray(action)[0]
         return self.action
 
@@ -201,68 +237,28 @@ class DDPG:
             "charts/exploration_difference": np.abs(self.action - self.mu(self.state["actor"], self.obs)[0]).mean(),
         }
 
-    def model_state(self):
-        """For model.pt: everything but what only training needs. The PyTorch script's networks load it too."""
-        return {name: state for name, state in self.state_dict().items() if name in ("actor", "qf")}
-
     def state_dict(self):
-        return tuned.state_of(dict(jax.tree.map(lambda array: torch.from_numpy(np.array(array)), self.state)))
+        return {name: getattr(self, name).state_dict() for name in self.state}
 
     def load_state_dict(self, state):
-        self.state |= jax.tree.map(lambda tensor: jnp.array(tensor.numpy()), tuned.restored(self.state, state))
+        tuned.set_attributes(self, state)
 
 
-def on_tensors(function):
-    """The same function of torch's tensors."""
-    return lambda *tensors: torch.from_numpy(np.array(function(*(tensor.numpy() for tensor in tensors))))
+def provenance(device: torch.device, of_torchs=tuned.provenance) -> dict:
+    record = of_torchs(device)
+    record["versions"] |= {name: version(name) for name in ("jax", "jaxlib", "optax")}
+    return record
 
 
 def main(args: Args):
-    """Train. From a notebook too: main(Args(env_id="Hopper-v5")), main(Args(resume="runs/NAME"))."""
     for name in NOT_FOR_JAX.split():
         default, flag = getattr(Args, name), f"--{name.replace('_', '-')}"
         exit_unless(getattr(args, name) == default, f"{flag} is not for {SCRIPT}.py: it stays at {default}")
-    if args.evaluate:
-        return evaluate_run(args, DDPG)
-    args, device, env = set_up(args)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-
-    # Initialise critic Q(s, a), actor mu(s), their targets and the replay buffer R
-    agent = DDPG(args, env.observation_space, env.action_space, device)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-
-    with Run(args, device, env, agent=agent, buffer=buffer) as run:  # --resume restores both from the checkpoint
-        episode_over = True
-        for global_step in run.steps():
-            if episode_over:  # receive s_1
-                obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
-
-            # Select action a_t = mu(s_t) + N_t
-            learning = global_step > args.learning_starts
-            action = agent.act(obs) if learning else env.action_space.sample()
-
-            # Execute a_t, observe r_t and s_t+1, store the transition (at an episode's end too with the real s_t+1)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            buffer.add(obs, action, reward, next_obs, 0 if terminated else args.gamma)
-            obs, episode_over = next_obs, terminated or truncated
-
-            # Sample a batch; update the critic, the actor and the targets
-            if learning:
-                rows = buffer.sample(args.batch_size)
-                losses = agent.update(rows, global_step % args.policy_frequency == 0)
-
-            due = run.record_step(reward, episode_over)
-            if due.losses and learning:  # first: a loss that is not finite ends the run before anything bad is saved
-                run.log_losses(losses | agent.diagnostics(rows))
-            if due.evaluation:
-                run.add_evaluation(*evaluate(agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
-            if due.model:
-                run.save_model(agent.model_state())
-            if due.checkpoint:
-                run.save_checkpoint()
-        returns = [evaluate(agent, envs, seed, args.max_eval_steps)[0] for envs, seed in run.final_starts()]
-        run.finish(returns)
+    tuned.main(args)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args))
+    tuned.SCRIPT, tuned.__file__, tuned.Args, tuned.provenance = SCRIPT, __file__, Args, provenance
+    tuned.DDPG, tuned.ReplayBuffer = DDPG, ReplayBuffer
+    sys.stdout.reconfigure(line_buffering=True)  # in a log file too
+    main(tuned.parse_args())

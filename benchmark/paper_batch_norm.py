@@ -33,8 +33,6 @@ class Args(paper.Args):
     actor_loss_statistics: Literal["batch", "running"] = "batch"
     """the critic in the actor's loss normalises by the batch's statistics, or by its running averages"""
 
-    SCRIPT = SCRIPT
-
 
 def running_averages(*networks: nn.Module) -> list[torch.Tensor]:
     norms = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.BatchNorm1d)]
@@ -63,5 +61,6 @@ class DDPG(paper.DDPG):
 
 
 if __name__ == "__main__":
-    paper.DDPG = DDPG  # which main looks up
-    paper.main(paper.parse_args(Args))
+    paper.SCRIPT, paper.__file__, paper.Args, paper.DDPG = SCRIPT, __file__, Args, DDPG
+    sys.stdout.reconfigure(line_buffering=True)  # in a log file too
+    paper.main(paper.parse_args())

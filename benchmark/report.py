@@ -37,11 +37,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_continuous_action
 import ddpg_paper_faithful
-from ddpg_continuous_action import exit_unless
+from ddpg_continuous_action import exit_unless, save
 
 plt.switch_backend("Agg")
 
-FINAL_EVALUATIONS = 10  # a final return is the mean of the last ten, as in most of the published tables
+FINAL_EVALUATIONS = 10  # a final return is the mean of the last ten after learning started, as in result.json
 TRAINING_EPISODES = 100
 Q_COLUMNS = ["q_estimate", "discounted_return"]
 ROW = ["environment", "variant", "steps"]  # what the runs in one row of a table share
@@ -109,10 +109,11 @@ def read_log(path: Path) -> tuple[pd.DataFrame, float]:
 
 def read_run(path: Path, args: Args) -> dict:
     """The run's row of results.csv, its evaluations by step, and its flags."""
-    record, result = (json.loads((path / name).read_text()) for name in ("args.json", "result.json"))
-    # The flags of the peers, stable-baselines3's DDPG and the agent in JAX, are those of the tuned script
+    files = path / "args.json", path / "result.json"
+    record, result = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    # Older runs have no defaults of their own: those of the peers, SB3's DDPG and JAX's, are the tuned script's
     script = ddpg_paper_faithful if "critic_lr" in record["args"] else ddpg_continuous_action
-    defaults = asdict(script.Args())
+    defaults = asdict(script.Args()) | record.get("defaults", {})
     flags = defaults | record["args"]  # older runs lack some
     if flags.get("batch_norm") == "none":  # then its momentum, whatever it was, is no difference
         flags["batch_norm_momentum"] = defaults["batch_norm_momentum"]
@@ -124,10 +125,11 @@ def read_run(path: Path, args: Args) -> dict:
         q_estimates, training_return = read_log(path)
     evaluations = read_steps(path / "eval.csv").join(q_estimates)
     evaluations = evaluations[evaluations.index <= args.up_to]
-    if evaluations.empty:
-        raise ValueError(f"no evaluations up to step {args.up_to:,.0f}")
+    learned = evaluations[evaluations.index > flags["learning_starts"]]
+    if learned.empty:
+        raise ValueError(f"no evaluations after learning started and up to step {args.up_to:,.0f}")
     returns, steps = evaluations["mean"], int(evaluations.index[-1])
-    q_error = (evaluations["q_estimate"] - evaluations["discounted_return"]).dropna()
+    q_error = (learned["q_estimate"] - learned["discounted_return"]).dropna()
     if steps != result["global_step"]:  # what was measured at the end, or over the whole run, says nothing of a part
         result, training_return = {}, math.nan
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("gymnasium", "mujoco", "python", "torch"))
@@ -137,7 +139,7 @@ def read_run(path: Path, args: Args) -> dict:
         "variant": "default",  # until the other runs are known
         "steps": steps,
         "seed": flags["seed"],
-        "final_return": returns.tail(FINAL_EVALUATIONS).mean(),
+        "final_return": learned["mean"].tail(FINAL_EVALUATIONS).mean(),
         "final_evaluation": (result.get("final_eval") or {}).get("mean", math.nan),
         "q_minus_discounted_return": q_error.tail(FINAL_EVALUATIONS).mean(),
         "first_solved_at": returns.index[returns > args.solved_above].min(),  # NaN: never
@@ -153,13 +155,21 @@ def read_run(path: Path, args: Args) -> dict:
     }
 
 
+def best_published(flags: dict) -> dict:
+    """The best published figure of the same task, one of Gymnasium's MuJoCo tasks as it comes; {} if there is none."""
+    task = re.fullmatch(r"(\w+)-v[45]", flags["env_id"])
+    as_it_comes = task and task[1] in BEST.index and not json.loads(flags["env_kwargs"])
+    return BEST.loc[task[1]].to_dict() if as_it_comes else {}
+
+
 def levels(flags: dict, script: str, returns: pd.Series) -> dict[str, float]:
     """Returns to compare with, in the same environment; NaN where there is none."""
-    means = BASELINES[BASELINES["env_id"] == flags["env_id"]].set_index("policy")["mean"]
+    same = (BASELINES["env_id"] == flags["env_id"]) & (not json.loads(flags["env_kwargs"]))
+    means = BASELINES[same].set_index("policy")["mean"]
     untrained, random = means.get(f"untrained {script}", math.nan), means.get("random", math.nan)
     if flags.get("pixels"):  # acts at other time steps than those measured; its own first evaluation may do
         untrained, random = returns[returns.index <= flags["learning_starts"]].head(1).mean(), math.nan
-    best = BEST["mean"].get(flags["env_id"].split("-v")[0], math.nan)
+    best = best_published(flags).get("mean", math.nan)
     return {"untrained": untrained, "random": random, "best published": best}
 
 
@@ -267,8 +277,7 @@ def best_table(runs: pd.DataFrame) -> str:
     for (env_id, variant, steps), seeds in runs.groupby(ROW, sort=False):
         row = {"environment": env_id, "variant": variant, "ours": over_seeds(seeds["final_return"])}
         row |= {"steps": steps, "seeds": len(seeds), "best published": "none"}
-        if (name := env_id.split("-v")[0]) in BEST.index:
-            best = BEST.loc[name]
+        if best := best_published(seeds["flags"].iloc[0]):
             row["best published"] = mean_and_std(best["mean"], best["std"])
             row["its steps"], row["its seeds"] = best["timesteps"], best["seeds"]
             row["by"] = f"{best['source'].split(',')[0]}, {best['implementation']}, {best['env_version']}"
@@ -356,7 +365,7 @@ def export(runs: pd.DataFrame, folder: Path):
             if len(q_estimates):  # none: the run's log is gone
                 q_estimates.to_csv(target / "q_estimates.csv", float_format="%.6g")
             training_return = f"episodes,mean\n{TRAINING_EPISODES},{run.training_return}\n"
-            (target / "training_return.csv").write_text(training_return)
+            (target / "training_return.csv").write_text(training_return, encoding="utf-8")
             for name in ("args.json", "eval.csv", "result.json"):
                 shutil.copyfile(run.path / name, target / name)
         _, different, _ = filecmp.cmpfiles(run.path, target, ["args.json", "eval.csv"], shallow=False)
@@ -378,7 +387,7 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
         paths += found
     args.runs = tuple(paths)
     if args.show == "file":
-        return "".join(path.read_text() for path in args.runs)
+        return "".join(path.read_text(encoding="utf-8") for path in args.runs)
     runs = read_runs(args)
     if args.show == "best":
         return best_table(runs)
@@ -394,12 +403,13 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
 
 def rendered(page: Path, figures: Path) -> str:
     """The page with its sections made from the committed data."""
-    return SECTION.sub(lambda match: match[1] + section(page, match[2], match[3], figures) + match[4], page.read_text())
+    text = page.read_text(encoding="utf-8")
+    return SECTION.sub(lambda match: match[1] + section(page, match[2], match[3], figures) + match[4], text)
 
 
 def main(args: Args):
     for page in args.pages:
-        page.write_text(rendered(page, page.parent / "benchmark/results"))
+        save(page, rendered(page, page.parent / "benchmark/results"))
     if args.pages:
         return
     runs = read_runs(args)
@@ -411,9 +421,10 @@ def main(args: Args):
     draw_q_estimates(runs, out / "q_estimates.png")
     runs.drop(columns=["evaluations", "flags", "defaults"]).to_csv(out / "results.csv", index=False)
     text = results_table(runs, args)
-    (out / "results.md").write_text(text)
+    save(out / "results.md", text)
     print(f"{text}\nThe figures are in {out}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where the locale lacks a minus, the files have it
     main(tyro.cli(Args))

@@ -8,7 +8,9 @@ over ours. Learning is stable-baselines3's alone. It has no checkpoints: --resum
 """
 
 import sys
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,18 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpg_continuous_action as script
 
 SCRIPT = Path(__file__).stem
-NOT_FOR_SB3 = (
-    "evaluate track cudagraphs compile policy_frequency noise noise_anneal_steps layer_norm n_step target_noise"
-)
+NOT_FOR_SB3 = "evaluate warm_start track save_model matmul cudagraphs compile policy_frequency noise "
+NOT_FOR_SB3 += "noise_anneal_steps layer_norm n_step target_noise"
 
 
 @dataclass
 class Args(script.Args):
-    exp_name: str = SCRIPT
-    """name of the experiment, part of the run's name"""
-
-    PACKAGES = *script.Args.PACKAGES, "stable_baselines3"
-    SCRIPT = SCRIPT
+    exp_name: str = SCRIPT  # name of the experiment, part of the run's name
+    matmul: str = "mkl"  # not for SB3, which multiplies as torch does by itself
+    save_model: bool = False  # not for SB3, whose model is no agent of the script's
 
 
 class Actor(nn.Module):
@@ -53,28 +52,35 @@ class Actor(nn.Module):
         return action.clamp(self.low, self.high)
 
 
+class QNetwork(Actor):
+    """SB3's critic, which takes those actions, with the interface of the script's QNetwork."""
+
+    def __init__(self, model: DDPG):
+        super().__init__(model)
+        self.network = model.critic
+
+    def forward(self, obs, action):
+        scaled = 2 * (action - self.low) / (self.high - self.low) - 1
+        return self.network.q1_forward(obs, scaled).squeeze(1)
+
+
 def as_agent(model: DDPG, args: script.Args) -> SimpleNamespace:
-    """SB3's model as the script's evaluate() takes an agent."""
-    actor = Actor(model)
-
-    def qf(obs, action):
-        scaled = 2 * (action - actor.low) / (actor.high - actor.low) - 1
-        return model.critic.q1_forward(obs, scaled).squeeze(1)
-
-    return SimpleNamespace(actor=actor, qf=qf, args=args, device=model.device)
+    """SB3's model as the script's evaluate() and Run take an agent; there is nothing in it to save."""
+    return SimpleNamespace(actor=Actor(model), qf=QNetwork(model), args=args, device=model.device, state_dict=dict)
 
 
 class Protocol(BaseCallback):
     """What the script's loop does around learning, at the same steps."""
 
-    def __init__(self, run: script.Run, agent: SimpleNamespace):
+    def __init__(self, run: script.Run):
         super().__init__()
-        self.run, self.agent, self.steps = run, agent, run.steps()
+        self.run, self.steps = run, run.steps()
 
     def _on_step(self) -> bool:
         """After each step of the environment, before its update."""
-        args, step = self.run.args, next(self.steps)
-        self.outcome = self.locals["rewards"][0], self.locals["dones"][0]
+        args, step, info = self.run.args, next(self.steps), self.locals["infos"][0]
+        if self.locals["dones"][0]:
+            self.run.log_episode(info["episode"])
         if step >= args.learning_starts and self.model.action_noise is None:  # SB3 would add it to random actions too
             zeros = np.zeros(self.model.action_space.shape)
             self.model.action_noise = NormalActionNoise(zeros, zeros + args.exploration_noise)
@@ -87,25 +93,28 @@ class Protocol(BaseCallback):
 
     def _on_training_end(self):
         self.after_update()
-        next(self.steps, None)  # the last line of progress
+        next(self.steps, None)  # the end of the last one
 
     def after_update(self):
-        run, args = self.run, self.run.args
-        due = run.record_step(*self.outcome)
-        if run.global_step % script.LOG_INTERVAL == 0 and run.global_step > args.learning_starts:
-            run.log_losses({})  # none, but with the speed
-        if due.evaluation:
-            run.add_evaluation(*script.evaluate(self.agent, run.eval_envs, run.eval_seed, args.max_eval_steps))
+        run, args, step = self.run, self.run.args, self.run.global_step
+        if step % 200 == 0 and step > args.learning_starts:
+            run.log({"charts/SPS": step / (time.time() - run.start_time)})
+        if args.eval_interval and (step % args.eval_interval == 0 or step == args.total_timesteps):
+            run.add_evaluation()
 
 
-def main(args: script.Args):
+def provenance(device: torch.device, of_ours=script.provenance) -> dict:
+    record = of_ours(device)
+    record["versions"]["stable_baselines3"] = version("stable_baselines3")
+    return record
+
+
+def main(args: Args):
     for name in NOT_FOR_SB3.split():
-        allowed = getattr(args, name) == getattr(script.Args, name)
+        allowed = getattr(args, name) == getattr(Args, name)
         script.exit_unless(allowed, f"--{name.replace('_', '-')} is not for stable-baselines3's DDPG")
-    script.exit_unless(args.matmul != "onednn", "stable-baselines3 multiplies as torch does by itself: --matmul mkl")
-    args, device, env = script.set_up(args)
-    args = replace(args, matmul="mkl")  # what "auto" stands for here
-
+    device = script.set_up(args)
+    env = script.make_env(args)
     model = DDPG(
         "MlpPolicy",
         env,
@@ -118,14 +127,16 @@ def main(args: script.Args):
         train_freq=1,
         gradient_steps=1,
         policy_kwargs=dict(net_arch=[256, 256]),  # SB3's own default is 400-300
-        seed=args.seed,
+        seed=args.seed,  # of the environment and its action space too
         device=device,
     )
     agent = as_agent(model, args)
-    with script.Run(args, device, env) as run:
-        model.learn(args.total_timesteps, callback=Protocol(run, agent), log_interval=None)
-        run.finish([script.evaluate(agent, *starts, args.max_eval_steps)[0] for starts in run.final_starts()])
+    with script.Run(args, device, env, agent, buffer=agent) as run:
+        model.learn(args.total_timesteps, callback=Protocol(run), log_interval=None)
+        run.finish()
 
 
 if __name__ == "__main__":
-    main(script.parse_args(Args))
+    script.SCRIPT, script.__file__, script.Args, script.provenance = SCRIPT, __file__, Args, provenance
+    sys.stdout.reconfigure(line_buffering=True)  # in a log file too
+    main(script.parse_args())

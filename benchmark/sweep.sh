@@ -10,7 +10,8 @@
 #   ENVS     environment ids, separated by spaces
 #   SEEDS    seeds, separated by spaces
 #   VARIANT  flags of one variant, or "default" for none; repeat it for more variants (default: only "default").
-#            In the environment it is VARIANTS, one variant per line
+#            In the environment it is VARIANTS, one variant per line. A value in JSON has no spaces:
+#            VARIANT='--env-kwargs {"max_episode_steps":500}'
 #   STEPS    environment steps of each run
 #   JOBS     number of runs at a time (default: the cores divided by THREADS; with --slurm: no limit)
 #   THREADS  CPU threads of each run (default: 1)
@@ -75,17 +76,19 @@ if ((!${#variants[@]})); then # none on the command line
   done <<<"${VARIANTS:-}"
 fi
 ((${#variants[@]})) || variants=(default)
-flag='--[a-z0-9]+(-[a-z0-9]+)*( [A-Za-z0-9._+-]+)*'
+json='[{[][]A-Za-z0-9._/:,"{}[-]*[]}]'
+flag="--[a-z0-9]+(-[a-z0-9]+)*( [A-Za-z0-9._+-]+| $json)*"
 reserved='--(env-id|seed|run-name|total-timesteps|num-threads|resume|evaluate)'
 parts=() # of the runs' names: each variant's flags in alphabetical order
 for i in "${!variants[@]}"; do
   read -ra words <<<"${variants[i]}" || true
   variant=${words[*]:-default} part=''
   if [[ $variant != default ]]; then
-    [[ $variant =~ ^$flag(\ $flag)*$ ]] || die "a variant is flags like '--learning-rate 1e-3', not '$variant'"
+    [[ $variant =~ ^$flag(\ $flag)*$ ]] ||
+      die "a variant is flags like '--learning-rate 1e-3' or '--env-kwargs {\"a\":1}', without spaces, not '$variant'"
     [[ ! " $variant " =~ \ ($reserved)\  ]] || die "${BASH_REMATCH[1]} is for the sweep to set, not for a variant"
     part=$(LC_ALL=C sort <<<"${variant// --/$'\n'--}")
-    part=${part#--} part=${part//$'\n'--/_} part=__${part// /-}
+    part=${part#--} part=${part//$'\n'--/_} part=${part//[]\"{\}[]/} part=__${part//[ :,\/]/-}
   fi
   variants[i]=$variant parts+=("$part")
 done

@@ -37,10 +37,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ddpg_continuous_action import LOG_INTERVAL, exit_unless, mkl_holds_back, provenance
-from ddpg_continuous_action import Args as ScriptArgs
+import ddpg_continuous_action as tuned
+from ddpg_continuous_action import exit_unless
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG_INTERVAL = 200  # steps between rows of the scripts' logs
 WARM_UP = 1_000  # random steps before learning, not timed; nor are those up to the log's first row after it
 FLAGS = [f"--learning-starts {WARM_UP}", "--no-save-model"]
 FLAGS += ["--eval-interval 0", "--final-eval-episodes 0", "--checkpoint-interval 0"]
@@ -111,11 +112,12 @@ def why_not(python: str, script: Path) -> str | None:
 
 def older_version(entry: Entry, commit: str, folder: Path) -> Entry:
     """The script of that commit, in a repository of its own that holds today's sweep.sh."""
-    shown = subprocess.run(["git", "-C", ROOT, "show", f"{commit}:{entry.script}"], capture_output=True, text=True)
+    command = ["git", "-C", ROOT, "show", f"{commit}:{entry.script}"]
+    shown = subprocess.run(command, capture_output=True, encoding="utf-8")
     exit_unless(shown.returncode == 0, f"--against {commit}: {shown.stderr.strip()}")
     (folder / "benchmark").mkdir(exist_ok=True)
     shutil.copy(ROOT / "benchmark/sweep.sh", folder / "benchmark")
-    (folder / entry.script).write_text(shown.stdout)
+    (folder / entry.script).write_text(shown.stdout, encoding="utf-8")
     flags = []
     for flag in FLAGS:  # those that it had already
         name = re.sub("^--(no-)?", "", flag.split()[0]).replace("-", "_")
@@ -216,7 +218,8 @@ def time_parts(module_name: str, flags: list[str], rounds: int, device: str = "c
     def learn(update_actor):
         return agent.update(buffer.sample(args.batch_size), update_actor)
 
-    agent.explore, learn = script.accelerated(agent.explore, learn, args, device)
+    agent.explore, learn = script.accelerated(agent, learn)
+    action = agent.act(obs)
     figures = {name: [] for name in PARTS}
     for i in range(rounds + 1):
         start = time.perf_counter()
@@ -224,7 +227,7 @@ def time_parts(module_name: str, flags: list[str], rounds: int, device: str = "c
         torch.cuda.synchronize()
         update = (time.perf_counter() - start) / 200
         acted = seconds_each(lambda: agent.act(obs), 200)
-        stepped = seconds_each(lambda: env.step(agent.action), 200)
+        stepped = seconds_each(lambda: env.step(action), 200)
         if i:  # the first round warms up
             for name, value in zip(PARTS, (launched, update, acted, stepped), strict=True):
                 figures[name].append(value)
@@ -325,11 +328,12 @@ def report(args: Args, folder: Path):
         pairs += [(entry, older[entry.script]) for entry in ours]
 
     gpu = torch.cuda.is_available()
-    about = provenance(ScriptArgs(), torch.device("cuda" if gpu else "cpu"))
+    tuned.set_up(usual := tuned.Args())
+    about = tuned.provenance(torch.device("cuda" if gpu else "cpu"))
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"Median of {args.rounds} rounds (range). Commit {about['commit'] or 'unknown'}; {versions};"
     yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"
-    yield f"{args.cores} cores; `--matmul auto` stands for {'onednn' if mkl_holds_back() else 'mkl'} here."
+    yield f"{args.cores} cores; `--matmul auto` stands for {usual.matmul} here."
     if gpu:
         yield f"GPU: {about['hardware']['gpu']}."
     yield from (f"\n{line}" for line in skipped)
@@ -343,7 +347,7 @@ def report(args: Args, folder: Path):
 
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    found = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
     return found[1] if found else "unknown CPU"
 
 
@@ -356,7 +360,7 @@ def main(args: Args):
             print(line, flush=True)
             lines.append(line)
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ no_jobs() { [[ -z $(squeue --noheader) ]]; }
 until_true 300 no_jobs
 cat runs/slurm/slurm-*.log
 (($(find runs/slurm -name result.json | wc -l) == 4)) || { echo "not all runs are complete" >&2 && exit 1; }
-grep -q 'stopped by SIGTERM' "$first.log" || { echo "the requeued run did not get SIGTERM" >&2 && exit 1; }
+grep -q '^stopped: ' "$first.log" || { echo "the requeued run did not get SIGTERM" >&2 && exit 1; }
 # It resumed from its checkpoint: the log tells of step 500 once
 (($(grep -c '^step 500:' "$first.log") == 1)) || { echo "the requeued run started over" >&2 && exit 1; }
 steps=$(cut -d, -f1 "$first/eval.csv" | paste -sd ' ')

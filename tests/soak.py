@@ -3,6 +3,7 @@
 python tests/soak.py [seed]
 """
 
+import logging
 import os
 import random
 import shutil
@@ -48,6 +49,7 @@ def soak(cwd: Path, script: Path, flags: str, rng: random.Random) -> str:
 if __name__ == "__main__":
     seed = int(sys.argv[1]) if sys.argv[1:] else random.randrange(10**6)
     rng = random.Random(seed)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports the rows that it hides
     print("seed", seed)
     for script in TUNED, PAPER:
         for env_id, flags in RUNS.items():

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -103,7 +104,7 @@ def test_sweep_killed_and_started_again(tmp_path, hold):
     assert "run the same command again to resume" in output
     assert {path.parent.name for path in out.glob("*/result.json")} == seed_1
     for name in seed_2:
-        assert "stopped by SIG" in (out / f"{name}.log").read_text()
+        assert "stopped: ended at step" in (out / f"{name}.log").read_text()
     kept = {name: (out / name / "result.json").stat().st_mtime_ns for name in seed_1}
 
     hold.unlink()
@@ -182,12 +183,30 @@ def test_dry_run_prints_the_commands_in_their_order_and_writes_nothing(tmp_path)
     assert runs[-1][1].strip() == "--total-timesteps 300000 --num-threads 1 --wandb-entity a\\ b --no-x --y -1"
 
 
+def test_a_variant_in_json_is_passed_on_intact_and_names_its_runs_readably(tmp_path):
+    json_value = '{"max_episode_steps":500,"xml_file":"/tmp/a_b.xml","range":[1,-2.5e-3],"deep":{"x":true}}'
+    settings = ["ENVS=A-v0", "SEEDS=1", "STEPS=300e3", "--dry-run"]
+    dry = sweep(tmp_path, *settings, f"VARIANT=--tau 0.1 --env-kwargs {json_value}", "VARIANT=--env-kwargs {}")
+    first, second = (shlex.split(line) for line in dry.stdout.splitlines())
+    assert first[-4:] == ["--tau", "0.1", "--env-kwargs", json_value] and second[-1] == "{}"
+    names = [line[line.index("--run-name") + 1].split("__") for line in (first, second)]
+    named = "env-kwargs-max_episode_steps-500-xml_file--tmp-a_b.xml-range-1--2.5e-3-deep-x-true_tau-0.1"
+    assert names[0][2:] == [named, "1"] and names[1][2:] == ["env-kwargs-", "1"]
+
+
 @pytest.mark.parametrize(
     "setting",
     [
         *("SEED=1", "SEEDS=1 1", "OUT=elsewhere", "OUT=runs/../x", "STEPS=many", "STEPS=1.5", "STEPS=0", "JOBS=0"),
         *("THREADS=0", "ENVS= ", "PYTHON=no", "VARIANT=tau 1", "VARIANT=--tau $(id)", "VARIANT=--tau ../x"),
         *("VARIANT=--tau=1", "VARIANT=--seed 1", "VARIANT=--tau 1 --resume x"),
+        *(
+            'VARIANT=--x {"a": 1}',
+            'VARIANT=--x {"a"',
+            "VARIANT=--x {'a':1}",
+            'VARIANT=--x {"a":$(id)}',
+            'VARIANT=--x "a"',
+        ),
         *("VARIANT=default VARIANT=", "VARIANT=--a 1 --b 2 VARIANT=--b  2 --a 1"),  # the same one twice
     ],
 )
@@ -207,7 +226,8 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
     done.mkdir(parents=True)
     (done / "result.json").touch()
     env = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    settings = ["ENVS=Pendulum-v1", "SEEDS=1", "VARIANT=", "VARIANT=--tau 0.01 --gamma 0.9", "VARIANT=--tau 0.1"]
+    settings = ["ENVS=Pendulum-v1", "SEEDS=1", "VARIANT=", "VARIANT=--tau 0.1"]
+    settings.insert(3, 'VARIANT=--tau 0.01 --env-kwargs {"max_episode_steps":100}')
     submitted = sweep(tmp_path, *settings, "STEPS=1e6", "OUT=runs/sweep", "--slurm", env=env)
     assert submitted.returncode == 0, submitted.stderr
     assert "job array 7 of 2 runs (3 in the sweep)" in submitted.stdout
@@ -218,10 +238,12 @@ def test_slurm_submits_what_is_left_and_a_task_passes_signals_on(tmp_path):
         return subprocess.Popen(["bash", "batch_script"], cwd=tmp_path, env=env | {"SLURM_ARRAY_TASK_ID": str(index)})
 
     assert task(0).wait(timeout=600) == 0  # finished: nothing to do
-    name = "Pendulum-v1__ddpg_continuous_action__gamma-0.9_tau-0.01__1"
+    name = "Pendulum-v1__ddpg_continuous_action__env-kwargs-max_episode_steps-100_tau-0.01__1"
     process = task(1)
     run_dir = tmp_path / "runs/sweep" / name
     wait_until(lambda: (run_dir / "eval.csv").exists() and evaluations(run_dir))
+    args = json.loads((run_dir / "args.json").read_text())["args"]
+    assert (args["tau"], args["env_kwargs"]) == (0.01, '{"max_episode_steps":100}')
     log = tmp_path / "runs/sweep" / f"{name}.log"
     second = task(1)  # the same run again, while the first goes on: requeued by a cluster in a hurry
     wait_until(lambda: "waiting for another process" in log.read_text())
@@ -252,12 +274,26 @@ ENTRIES = {
 
 
 def write_run(
-    folder, env_id, seed, means, exp_name="ddpg_continuous_action", tail="", complete=True, final_eval=None, **flags
+    folder,
+    env_id,
+    seed,
+    means,
+    exp_name="ddpg_continuous_action",
+    tail="",
+    complete=True,
+    final_eval=None,
+    defaults=None,
+    **flags,
 ):
-    run_dir = folder / "_".join([env_id, exp_name, str(seed), *map(str, flags.values())])
+    run_dir = folder / "_".join(
+        [env_id, exp_name, str(seed), *(re.sub(r"\W", "", str(flag)) for flag in flags.values())]
+    )
     run_dir.mkdir(parents=True)
-    args = dict(exp_name=exp_name, env_id=env_id, seed=seed, run_name=run_dir.name) | flags
-    (run_dir / "args.json").write_text(json.dumps({"args": args} | ENTRIES))
+    args = dict(exp_name=exp_name, env_id=env_id, seed=seed, run_name=run_dir.name, learning_starts=0) | flags
+    record = {"args": args} | ({"defaults": defaults} if defaults else {}) | ENTRIES
+    (run_dir / "args.json").write_text(json.dumps(record))
+    (run_dir / ".lock").touch()
+    (folder / f"{run_dir.name}.log").write_text("step 5,000: evaluation 1.0\n")
     rows = "".join(f"{5000 * (i + 1)},{mean},1.0,0.0,2.0,10\n" for i, mean in enumerate(means))
     (run_dir / "eval.csv").write_text("global_step,mean,std,min,max,episodes\n" + rows + tail)
     if complete:
@@ -360,6 +396,27 @@ def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path, cap
     assert runs["variant"].iloc[-1] == "ddpg_paper_faithful --batch-norm none"
 
 
+def test_a_copys_runs_are_named_by_its_own_defaults(tmp_path):
+    """As its args.json records them: a flag that the copy added is none of the scripts'."""
+    defaults = dict(exp_name="my_ddpg", bonus=0.5, tau=0.02)
+    for bonus in 0.5, 2.0:
+        write_run(tmp_path, "Hopper-v5", 1, [1] * 10, "my_ddpg", bonus=bonus, tau=0.02, defaults=defaults)
+    assert list(read_runs(tmp_path)["variant"]) == ["default", "--bonus 2"]
+    write_run(tmp_path, "Hopper-v5", 1, [1] * 10)
+    expected = ["ddpg_continuous_action", "my_ddpg", "my_ddpg --bonus 2"]
+    assert list(read_runs(tmp_path)["variant"]) == expected
+    write_run(tmp_path, "Hopper-v5", 1, [1] * 10, "my_ddpg", bonus=0.5, tau=0.005, defaults=defaults)
+    assert sorted(read_runs(tmp_path)["variant"]) == [*expected[:2], "my_ddpg --bonus 2", "my_ddpg --tau 0.005"]
+
+
+def test_returns_of_random_actions_are_no_final_returns(tmp_path):
+    """As in result.json: of the last ten evaluations those after learning started."""
+    write_run(tmp_path, "Hopper-v5", 1, [1000] * 5 + [10, 20, 30], learning_starts=25_000)
+    write_run(tmp_path, "Walker2d-v5", 1, [1000] * 5, learning_starts=25_000)
+    runs = read_runs(tmp_path)
+    assert list(runs["environment"]) == ["Hopper-v5"] and list(runs["final_return"]) == [20.0]
+
+
 def test_columns_of_the_table(tmp_path):
     for seed, first_above, final_eval in (1, 3, 80.0), (2, 4, 90.0), (3, 9, 70.0), (4, None, 100.0):
         means = [95.0 if i == first_above else float(seed) for i in range(12)]
@@ -414,6 +471,18 @@ def test_best_published_return_is_of_our_protocol(tmp_path):
     assert pusher[4:] == ["none", "", "", "", ""]  # only noisy training returns
     # 3,098.11 is a maximum over time
     assert walker[4:] == ["2,362.1", "1,000,000", "10", "Fujimoto et al. 2018, OurDDPG (AHE), v1", "**lower**"]
+
+
+def test_published_returns_are_of_gymnasiums_own_tasks(tmp_path):
+    write_run(tmp_path, "Hopper-v5", 1, [1.0] * 10)
+    write_run(tmp_path, "Hopper-v5", 1, [1.0] * 10, env_kwargs='{"max_episode_steps": 500}')
+    for env_id in "Hopper-v5-heavy-v0", "Hopper-v0", "mine:Hopper-v5":
+        write_run(tmp_path, env_id, 1, [1.0] * 10)
+    runs = read_runs(tmp_path)
+    known = runs[(runs["environment"] == "Hopper-v5") & (runs["variant"] == "default")]
+    assert len(runs) == 5 and len(known) == 1 and known[list(report.LEVELS)].notna().all(axis=None)
+    assert runs.drop(known.index)[list(report.LEVELS)].isna().all(axis=None)
+    assert report.best_table(runs).count("| none |") == 4
 
 
 def test_published_table_has_every_figure():
@@ -485,9 +554,26 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     eval_csv = exported / "eval.csv"
     eval_csv.write_text(eval_csv.read_text().replace("900,1.0", "901,1.0"))
     assert report.rendered(page, tmp_path) != text  # what the next test would notice
-    page.write_text("<!-- results:shorts:begin -->\n<!-- results:shorts:end -->\n")
+    page.write_text(text := "<!-- results:shorts:begin -->\n<!-- results:shorts:end -->\n")
     made = run_report("--pages", page)
     assert made.returncode == 2 and "section shorts: there is nothing at benchmark/results/shorts" in made.stderr
+    assert page.read_text() == text
+
+
+def test_pages_and_tables_are_the_same_in_any_locale(tmp_path):
+    """Here in one that knows neither ± nor −."""
+    runs = tmp_path / "benchmark/results/runs"
+    write_run(runs, "Hopper-v5", 1, [-5.0] * 10, final_eval=-5.0)
+    page = tmp_path / "page.md"
+    page.write_text("± before\n<!-- results:runs:begin -->\n<!-- results:runs:end -->\n", encoding="utf-8")
+    ascii_only = os.environ | dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    for arguments in ["--pages", page], [runs]:
+        command = [sys.executable, ROOT / "benchmark/report.py", *arguments]
+        done = subprocess.run(command, env=ascii_only, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    for path in page, runs / "report/results.md":
+        assert "| **−5.0** |" in path.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8").startswith("± before\n") and not list(tmp_path.glob("*.tmp"))
 
 
 def test_pages_agree_with_the_committed_data(tmp_path):
@@ -535,12 +621,13 @@ def test_noise_figure_is_the_committed_one(tmp_path):
     assert compare_images(str(ROOT / "benchmark/results/noise.png"), str(tmp_path / "noise.png"), tol=1) is None
 
 
-def run_peer(total_timesteps, **flags):
-    """A run of the peer in this process; its folder."""
-    flags = dict(env_id="stubs:Point-v0", run_name=f"peer-{total_timesteps}", num_threads=1) | flags
-    flags |= dict(learning_starts=20, batch_size=16, eval_interval=50, eval_episodes=2, final_eval_episodes=3)
-    sb3_ddpg.main(sb3_ddpg.Args(total_timesteps=total_timesteps, **flags))
-    return Path("runs", flags["run_name"])
+def run_peer(*flags):
+    """The peer's __main__ block, in this process and in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in "SCRIPT", "__file__", "Args", "provenance":
+            patch.setattr(script, name, getattr(sb3_ddpg, name))
+        patch.setattr(sys, "argv", ["sb3_ddpg.py", *map(str, flags)])
+        sb3_ddpg.main(script.parse_args())
 
 
 def test_peer_leaves_the_same_files_and_starts_over_when_interrupted(tmp_path):
@@ -551,7 +638,10 @@ def test_peer_leaves_the_same_files_and_starts_over_when_interrupted(tmp_path):
     assert [step for step, _ in evaluations(run_dir)] == [500, 600]
     result = json.loads((run_dir / "result.json").read_text())
     assert result["evaluations"] == 2 and result["final_eval"]["episodes"] == 3
-    assert json.loads((run_dir / "args.json").read_text())["args"]["matmul"] == "mkl"  # it has no say in that
+    record = json.loads((run_dir / "args.json").read_text())
+    assert record["script"] == "sb3_ddpg" and "stable_baselines3" in record["versions"]
+    assert record["args"]["matmul"] == record["defaults"]["matmul"] == "mkl"  # it has no say in that
+    assert not (run_dir / "model.pt").exists()
     assert len(q_estimates(run_dir)) == 2
     assert [step for step, _ in scalars(run_dir)["charts/episodic_return"]] == [200, 400, 600]
 
@@ -565,7 +655,16 @@ def test_peer_leaves_the_same_files_and_starts_over_when_interrupted(tmp_path):
 
 def test_peer_is_evaluated_after_each_update_as_ours_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluations(run_peer(100))[0] == evaluations(run_peer(50))[0]  # 50 steps, and 50 steps of 100
+    flags = "--env-id stubs:Point-v0 --num-threads 1 --learning-starts 20 --batch-size 16 --eval-interval 50"
+    for steps in 50, 100:
+        run_peer(
+            *f"{flags} --eval-episodes 2 --final-eval-episodes 3".split(),
+            "--run-name",
+            steps,
+            "--total-timesteps",
+            steps,
+        )
+    assert evaluations(Path("runs/50")) == evaluations(Path("runs/100"))[:1]
 
 
 def test_peer_resumes_only_its_own_runs(tmp_path, monkeypatch, capsys):
@@ -576,8 +675,8 @@ def test_peer_resumes_only_its_own_runs(tmp_path, monkeypatch, capsys):
     (ours / "result.json").unlink()  # as if interrupted, before its first checkpoint
     before = {path: path.read_bytes() for path in ours.iterdir()}
     with pytest.raises(SystemExit) as end:
-        sb3_ddpg.main(sb3_ddpg.Args(resume=str(ours)))
-    assert end.value.code == 2 and "holds no run of sb3_ddpg.py" in capsys.readouterr().err
+        run_peer("--resume", ours)
+    assert end.value.code == 2 and "holds a run of ddpg_continuous_action.py" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in ours.iterdir()}
 
 
@@ -586,7 +685,7 @@ def test_peer_resumes_only_its_own_runs(tmp_path, monkeypatch, capsys):
     [
         *(("noise", "ou"), ("noise_anneal_steps", 10), ("layer_norm", "critic"), ("n_step", 3), ("target_noise", 0.2)),
         *(("policy_frequency", 2), ("matmul", "onednn"), ("evaluate", "runs/x")),
-        *(("track", True), ("cudagraphs", True), ("compile", True)),
+        *(("track", True), ("cudagraphs", True), ("compile", True), ("save_model", True), ("warm_start", "runs/x")),
     ],
 )
 def test_peer_refuses_what_it_has_not_in_one_line(tmp_path, monkeypatch, capsys, flag, value):
@@ -635,7 +734,7 @@ def test_modes_of_batch_normalisation(target, in_targets, loss, in_actor_loss):
     assert normalised["target_qf"] == [pytest.approx(in_targets, **about)]
     assert normalised["actor"] == [pytest.approx([-1, 1], **about)]
     assert normalised["qf"] == [pytest.approx([-1, 1], **about), pytest.approx(in_actor_loss, **about)]
-    assert not (agent.actor.training or agent.qf.training)  # acting and evaluation are by running averages
+    assert not agent.actor.training  # acting is by running averages
 
     for online, slow in (agent.actor, agent.target_actor), (agent.qf, agent.target_qf):
         online.norm1.running_mean.fill_(5.0)
@@ -680,7 +779,7 @@ def test_mode_of_batch_normalisation_killed_and_resumed_gives_the_same_bytes(tmp
 
 
 def write_speed_log(folder, steps_per_second):
-    with script.Log(folder) as log:
+    with SummaryWriter(folder) as log:
         for step in 1200, 1400, 2200:
             log.add_scalar("charts/SPS", 0.0, step, walltime=step / steps_per_second)
 

@@ -111,13 +111,6 @@ def test_a_run_with_parameter_noise(run, made, monkeypatch):
     assert not [name for name in model(run_dir) if "noise" in name]  # which acting without exploration doesn't need
 
 
-@pytest.mark.parametrize("layer_norm, warnings", [("none", 1), ("critic", 1), ("actor", 0), ("both", 0)])
-def test_parameter_noise_without_layer_normalisation_is_warned_of(layer_norm, warnings, capfd):
-    with_parameter_noise(layer_norm=layer_norm)
-    said = capfd.readouterr().err
-    assert said.count("warning: ") == said.count("\n") == said.count("--layer-norm actor") == warnings
-
-
 # The other noises, and annealing
 
 

@@ -96,20 +96,31 @@ def copy_of_tuned(tmp_path, monkeypatch):
     return copied
 
 
-NOISE, SECOND_CRITIC = 0, 1
+NOISE, SECOND_CRITIC, RUNNING_NORM = 0, 1, 2
 EXACT = dict(total_timesteps=100, checkpoint_interval=50, keep_checkpoint=True, final_eval_episodes=0)
 
 
-@pytest.mark.parametrize("change", [NOISE, SECOND_CRITIC])
+@pytest.mark.parametrize("change", [NOISE, SECOND_CRITIC, RUNNING_NORM])
 def test_changes_train_are_checkpointed_and_resume_exactly(change, run, copy_of_tuned):
     script = copy_of_tuned(blocks("diff")[change])
     whole = model(run(script, **EXACT | dict(total_timesteps=150, run_name="whole")))
     part = run(script, **EXACT | dict(run_name="part"))
-    script.main(script.Args(resume=str(part), total_timesteps=150))
+    script.main(script.args_of(str(part), total_timesteps=150))
     assert set(whole) == set(model(part))
-    for name in ("actor", "qf", "qf2"):
+    for name in ("actor", "qf", "qf2", "obs_norm"):
         for key, weights in whole.get(name, {}).items():
             assert torch.equal(weights, model(part)[name][key]), (name, key)
+
+
+def test_running_normalisation_counts_what_it_saw_and_evaluates_alike(run, copy_of_tuned, capsys):
+    """Episodes of one start: what --evaluate says of the model is what the run said."""
+    script = copy_of_tuned(blocks("diff")[RUNNING_NORM])
+    run_dir = run(script, eval_episodes=1)
+    assert model(run_dir)["obs_norm"]["count"] == 80 and model(run_dir)["obs_norm"]["var"].max() < 1
+    mean = float((run_dir / "eval.csv").read_text().splitlines()[-1].split(",")[1])
+    capsys.readouterr()
+    script.main(script.args_of(str(run_dir), evaluate=True))
+    assert f": {mean:.2f} ±" in capsys.readouterr().out
 
 
 def test_the_noise_stays_the_same_throughout_an_episode(run, copy_of_tuned, made):

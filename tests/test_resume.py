@@ -1,19 +1,17 @@
 """Nothing is lost: runs that are killed, stopped or out of disk, and their resumption, in real processes."""
 
 import atexit
-import contextlib
-import fcntl
-import functools
 import hashlib
-import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
+import time
 from pathlib import Path
 from textwrap import indent
 from typing import NamedTuple
@@ -22,7 +20,6 @@ import pytest
 import torch
 from conftest import tuned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 ROOT = Path(__file__).parent.parent
 TUNED, PAPER = ROOT / "ddpg_continuous_action.py", ROOT / "ddpg_paper_faithful.py"
@@ -98,28 +95,41 @@ def run(*args, **kwargs) -> Ended:
     return Run(*args, **kwargs).wait()
 
 
-def before(function: str, count: int, action: str) -> str:
-    """A hook: just before the count-th call of a function, such as os.replace, it does `action`."""
+def before(function: str, count: int, action: str, only: str = "True") -> str:
+    """A hook: just before the count-th call of a function for which `only` holds, it does `action`."""
     owner, name = function.rsplit(".", 1)
     return f"""
-import os, pkgutil, resource
+import os, pkgutil, resource, signal
 def hook(owner, name):
     original, calls = getattr(owner, name), 0
     def hooked(*args, **kwargs):
         nonlocal calls
-        calls += 1
-        if calls == {count}:
-{indent(action, 12 * " ")}
+        if {only}:
+            calls += 1
+            if calls == {count}:
+{indent(action, 16 * " ")}
         return original(*args, **kwargs)
     setattr(owner, name, hooked)
 hook(pkgutil.resolve_name("{owner}"), "{name}")
 """
 
 
+def writing(name: str, count: int, action: str) -> str:
+    """A hook: just before the file is written for the count-th time, next to the one that it will replace."""
+    return before("torch.save", count, action, f"str(getattr(args[1], 'name', '')).endswith('/{name}.tmp')")
+
+
+def renaming(name: str, count: int, action: str) -> str:
+    """A hook: just before what was written replaces the file for the count-th time."""
+    return before("pathlib.Path.replace", count, action, f"args[1].name == '{name}'")
+
+
 def send(number: signal.Signals) -> str:
     return f"os.kill(os.getpid(), {int(number)})"
 
 
+KILL = send(signal.SIGKILL)
+STEP = "gymnasium.envs.classic_control.pendulum.PendulumEnv.step"
 ANY_STEP = "gymnasium.wrappers.common.OrderEnforcing.step"  # in training and in evaluations
 COUNT_STEPS = """
 import atexit, gymnasium.wrappers.common
@@ -131,39 +141,40 @@ atexit.register(lambda: print("steps:", len(calls)))
 
 def kill_after(steps: int, milliseconds: float) -> str:
     """A hook: dies, without any clean-up, anywhere in the work that comes after so many steps."""
-    return before(ANY_STEP, steps, f"import signal; signal.setitimer(signal.ITIMER_PROF, {milliseconds / 1e3})")
-
-
-def scalars(run_dir: Path) -> dict:
-    """Every row of the TensorBoard log, tag to [(step, value)], as it lies in the files; SPS depends on the clock."""
-    rows = {}
-    for path in sorted(run_dir.glob("events.*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value") and value.tag != "charts/SPS":
-                    rows.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return rows
+    return before(ANY_STEP, steps, f"signal.setitimer(signal.ITIMER_PROF, {milliseconds / 1e3})")
 
 
 def dashboard(run_dir: Path) -> dict:
-    """The rows that TensorBoard makes of the log."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = set(log.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in tags}
+    """The rows that TensorBoard shows, tag to [(step, value)]; SPS depends on the clock.
+
+    It reads the files by name: by the second they were made in, then by the process's number. That two are made in one
+    second is an accident of these tests, so here they come as they were written, one process after the other.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for i, path in enumerate(sorted(run_dir.glob("events.*"), key=lambda path: path.stat().st_mtime_ns)):
+            shutil.copy(path, Path(folder, f"events.out.tfevents.{i:010}"))
+        log = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+        tags = set(log.Tags()["scalars"]) - {"charts/SPS"}
+        return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in tags}
 
 
 def outcome(run_dir: Path) -> dict:
     """All of a finished run that must not depend on whether it was broken off."""
     assert not list(run_dir.glob("*.tmp"))
     result = json.loads((run_dir / "result.json").read_text())
-    assert dashboard(run_dir) == scalars(run_dir)
     files = {name: (run_dir / name).read_bytes() for name in ("eval.csv", "model.pt")}
     results = {name: result[name] for name in ("final_return", "final_eval", "global_step")}
-    return files | results | {"scalars": scalars(run_dir)}
+    return files | results | {"dashboard": dashboard(run_dir)}
 
 
 def contents(folder: Path) -> dict:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Of its files that are not empty, as a log is that a full disk has no room for."""
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path): hashlib.sha256(data).hexdigest() for path, data in files.items() if data}
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +193,17 @@ def uninterrupted(tmp_path_factory):
     return reference
 
 
+def assert_resumes(cwd: Path, uninterrupted, script: Path = TUNED, flags: str = PENDULUM):
+    """To the same bytes as a run that was never broken off."""
+    ended = run(cwd, script, "--resume runs/x")
+    assert ended.code == 0, ended.output
+    assert outcome(cwd / "runs/x") == uninterrupted(script, flags)[0]
+
+
 @pytest.fixture(scope="module")
 def broken_off_once(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("broken")
-    assert run(cwd, TUNED, PENDULUM, before("os.replace", 9, send(signal.SIGKILL))).code == -9
+    assert run(cwd, TUNED, PENDULUM, renaming("model.pt", 3, KILL)).code == -signal.SIGKILL
     return cwd
 
 
@@ -229,47 +247,62 @@ def test_killed_at_random_moments(tmp_path, uninterrupted, case):
     assert run(tmp_path, script, flags, hook).code == -signal.SIGPROF
     assert (run_dir / "checkpoint.pt").exists()
     hook = kill_after(int(rng.uniform(0.1, 0.5) * steps), rng.uniform(0, 20))
-    if run(tmp_path, script, "--resume runs/x", hook).code:
-        if not (run_dir / "result.json").exists():
-            assert run(tmp_path, script, "--resume runs/x").code == 0
+    if run(tmp_path, script, "--resume runs/x", hook).code and not (run_dir / "result.json").exists():
+        assert run(tmp_path, script, "--resume runs/x").code == 0
     assert outcome(run_dir) == expected
 
 
-HALF_A_FILE = "args[1].write(b'half'); args[1].flush(); " + send(signal.SIGKILL)
-# Before the first step torch.save writes to memory, to see that it can, and args.json is replaced; then, at 200, 400
-# and 600 steps, eval.csv, model.pt and checkpoint.pt.
+HALF_A_FILE = "args[1].write(b'half'); args[1].flush(); " + KILL
 SAVING = {
-    "before the first checkpoint": ("os.replace", 3, send(signal.SIGKILL)),
-    "within the first checkpoint": ("torch.save", 3, HALF_A_FILE),
-    "within a checkpoint": ("torch.save", 5, HALF_A_FILE),
-    "between flush and rename": ("os.replace", 7, send(signal.SIGKILL)),
-    "before result.json": ("os.replace", 13, send(signal.SIGKILL)),
+    "before the first checkpoint": renaming("eval.csv", 1, KILL),
+    "within the first checkpoint": writing("checkpoint.pt", 1, HALF_A_FILE),
+    "within a checkpoint": writing("checkpoint.pt", 2, HALF_A_FILE),
+    "between flush and rename": renaming("checkpoint.pt", 2, KILL),
+    "before result.json": renaming("result.json", 1, KILL),
+    "with no step left": renaming("result.json", 1, KILL),
 }
 
 
 @pytest.mark.parametrize("moment", SAVING)
 def test_killed_while_saving(tmp_path, uninterrupted, moment):
-    assert run(tmp_path, TUNED, PENDULUM, before(*SAVING[moment])).code == -signal.SIGKILL
-    path = tmp_path / "runs/x/checkpoint.pt"
+    flags, path = PENDULUM.replace("700", "600" if "no step" in moment else "700"), tmp_path / "runs/x/checkpoint.pt"
+    assert run(tmp_path, TUNED, flags, SAVING[moment]).code == -signal.SIGKILL
     assert path.exists() == ("first" not in moment)
     if path.exists():
-        assert torch.load(path, weights_only=True)["global_step"] in (200, 400, 600)
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
+        assert step_of(path) in (200, 400, 600)
+    assert_resumes(tmp_path, uninterrupted, flags=flags)
+
+
+WRITE_LOG = "tensorboard.summary.writer.record_writer.RecordWriter.write"
+SLOW_LOG = "import time\n" + before(WRITE_LOG, 0, "pass", "time.sleep(0.1) or True")
+
+
+def test_killed_when_complete(tmp_path, uninterrupted):
+    """result.json says that all is on the disk: the log's last rows too, which a thread of their own writes."""
+    hook = SLOW_LOG + before("pathlib.Path.unlink", 1, KILL, "args[0].name == 'checkpoint.pt'")
+    assert run(tmp_path, TUNED, PENDULUM, hook).code == -signal.SIGKILL
+    assert_refused(tmp_path, TUNED, "--resume runs/x", "complete")
     assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
 
 
-@pytest.mark.parametrize("function", ["os.truncate", "os.replace"])
-def test_killed_while_resuming(broken_off, uninterrupted, function):
-    assert run(broken_off, TUNED, "--resume runs/x", before(function, 1, send(signal.SIGKILL))).code == -9
-    assert run(broken_off, TUNED, "--resume runs/x").code == 0
-    assert outcome(broken_off / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
+@pytest.mark.parametrize("function, count", [(WRITE_LOG, 1), (WRITE_LOG, 3), ("os.fsync", 1)])
+def test_killed_while_resuming(broken_off, uninterrupted, function, count):
+    assert run(broken_off, TUNED, "--resume runs/x", before(function, count, KILL)).code == -signal.SIGKILL
+    assert_resumes(broken_off, uninterrupted)
 
 
 def test_the_same_checkpoint_twice(broken_off, uninterrupted):
-    shutil.copytree(broken_off / "runs/x", broken_off / "runs/y")
-    for name in "x", "y":
-        assert run(broken_off, TUNED, f"--resume runs/{name}").code == 0
-        assert outcome(broken_off / f"runs/{name}") == uninterrupted(TUNED, PENDULUM)[0]
+    shutil.copytree(broken_off / "runs/x", broken_off / "earlier")
+    assert_resumes(broken_off, uninterrupted)
+    shutil.rmtree(broken_off / "runs/x")
+    (broken_off / "earlier").rename(broken_off / "runs/x")
+    assert_resumes(broken_off, uninterrupted)
+
+
+def test_a_warm_start_killed_before_its_first_checkpoint(tmp_path, broken_off_once, uninterrupted):
+    flags = f"{PENDULUM} --warm-start {broken_off_once}/runs/x"
+    assert run(tmp_path, TUNED, flags, before(STEP, 100, KILL)).code == -signal.SIGKILL
+    assert_resumes(tmp_path, uninterrupted, flags=flags)
 
 
 @pytest.mark.parametrize("script", [TUNED, PAPER])
@@ -278,18 +311,17 @@ def test_raising_the_total_equals_one_longer_run(tmp_path, uninterrupted, script
     assert run(tmp_path, script, short).code == 0
     assert (run_dir / "checkpoint.pt").exists()
     assert_refused(tmp_path, script, "--resume runs/x", "complete")
-    hook = before("os.replace", 5, send(signal.SIGKILL))  # the raised total is not forgotten when it is killed
-    assert run(tmp_path, script, "--resume runs/x --total-timesteps 7e2", hook).code == -9
+    hook = renaming("checkpoint.pt", 1, KILL)  # the raised total is not forgotten when it is killed
+    assert run(tmp_path, script, "--resume runs/x --total-timesteps 7e2", hook).code == -signal.SIGKILL
     assert not (run_dir / "result.json").exists()
-    assert run(tmp_path, script, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(script, f"{PENDULUM} --keep-checkpoint")[0]
+    assert_resumes(tmp_path, uninterrupted, script, f"{PENDULUM} --keep-checkpoint")
     assert json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"] == 700
 
 
 def test_a_finished_run_keeps_its_checkpoint_only_when_asked(broken_off):
     assert run(broken_off, TUNED, "--resume runs/x").code == 0
     files = {path.name for path in (broken_off / "runs/x").iterdir() if "events" not in path.name}
-    assert files == {"args.json", "eval.csv", "model.pt", "result.json"}
+    assert files == {".lock", "args.json", "eval.csv", "model.pt", "result.json"}
     assert_refused(broken_off, TUNED, "--resume runs/x", "complete")
     assert_refused(broken_off, TUNED, "--resume runs/x --total-timesteps 800", "complete")
 
@@ -326,9 +358,9 @@ REFUSED = {  # what happened to the checkpoint, and what the one line says
 }
 
 
-def assert_refused(cwd, script, flags, line):
+def assert_refused(cwd: Path, script: Path, flags: str, line: str):
     earlier = contents(cwd / "runs")
-    ended = run(cwd, script, flags)
+    ended = run(cwd, script, flags, output=cwd / "refused.txt")
     assert ended.code == 2 and ended.output.count("\n") == 1 and ended.output.startswith("error: "), ended
     assert line in ended.output
     assert contents(cwd / "runs") == earlier
@@ -348,13 +380,10 @@ def test_refuses_flags(broken_off):
     assert_refused(broken_off, TUNED, "--resume runs/x --evaluate runs/x", "cannot be combined")
     assert_refused(broken_off, TUNED, "--resume runs", "runs holds no run of ddpg_continuous_action.py")
     assert_refused(broken_off, TUNED, "--resume runs/y", "runs/y holds no run")
-    assert_refused(broken_off, PAPER, "--resume runs/x", "runs/x holds no run of ddpg_paper_faithful.py")
+    assert_refused(broken_off, PAPER, "--resume runs/x", "runs/x holds a run of ddpg_continuous_action.py")
     assert_refused(broken_off, TUNED, PENDULUM, "runs/x holds a run")
-    (broken_off / "runs/y").mkdir()
-    (broken_off / "runs/y/events.out.tfevents.1.another").touch()  # CleanRL's, say
-    assert_refused(broken_off, TUNED, PENDULUM.replace("-name x", "-name y"), "runs/y holds a run")
     os.truncate(broken_off / "runs/x/args.json", 100)
-    assert_refused(broken_off, TUNED, "--resume runs/x", "runs/x holds no run")
+    assert_refused(broken_off, TUNED, "--resume runs/x", "runs/x")
 
 
 def leaves(value, name=""):
@@ -366,11 +395,9 @@ def leaves(value, name=""):
 
 
 def test_flipped_bytes_are_refused_or_harmless(broken_off, capfd):
-    sys.path.insert(0, str(ROOT))
-    load = importlib.import_module("ddpg_continuous_action").load
     path, rng, refused = broken_off / "runs/x/checkpoint.pt", random.Random(4), 0
     intact = path.read_bytes()
-    expected = leaves(load(path, "cpu"))
+    expected = leaves(tuned.load(path))
     ends = [*range(5_000), *range(len(intact) - 9_000, len(intact))]  # the pickle, and the archive's directory
     for position in [*rng.sample(range(len(intact)), 60), *rng.sample(ends, 60)]:
         flipped = bytearray(intact)
@@ -378,7 +405,7 @@ def test_flipped_bytes_are_refused_or_harmless(broken_off, capfd):
         path.unlink()  # the earlier one may still be mapped
         path.write_bytes(flipped)
         try:
-            assert leaves(load(path, "cpu")) == expected, position
+            assert leaves(tuned.load(path)) == expected, position
         except SystemExit as exit:
             assert exit.code == 2
             refused += 1
@@ -386,55 +413,65 @@ def test_flipped_bytes_are_refused_or_harmless(broken_off, capfd):
     assert capfd.readouterr().err.count("\n") == refused
 
 
-# SIGINT and SIGTERM
+def test_a_run_keeps_others_out_of_its_folder(tmp_path, uninterrupted):
+    """Resumed while it is still running, both would write there."""
+    hook = before(STEP, 700, "import time\nwhile not os.path.exists('go'): time.sleep(0.01)")
+    first = Run(tmp_path, TUNED, PENDULUM, hook)
+    while not (tmp_path / "runs/x/checkpoint.pt").exists():
+        time.sleep(0.01)
+    assert_refused(tmp_path, TUNED, "--resume runs/x", "runs/x is in use")
+    assert_refused(tmp_path, TUNED, PENDULUM, "runs/x holds a run")
+    (tmp_path / "go").touch()
+    assert first.wait().code == 0
+    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
 
-STEP = "gymnasium.envs.classic_control.pendulum.PendulumEnv.step"
-MOMENTS = {  # after the first checkpoint
-    "training": (STEP, 700),
-    "evaluation": (STEP, 900),
-    "the start of an evaluation": ("gymnasium.envs.classic_control.pendulum.PendulumEnv.reset", 5),
-    "writing": ("torch.save", 5),
-    "renaming": ("os.replace", 7),
-    "logging": ("queue.Queue.put", 40),
-    "waiting for the log": ("queue.Queue.join", 4),
+
+# Ended early: by SIGINT or SIGTERM, by an environment that fails, by a full disk
+
+NOW = "os.kill(os.getpid(), NUMBER)"
+MOMENTS = {  # at which step the run ends, from which it goes on, and steps taken, those of evaluations too
+    "before a checkpoint": (before(STEP, 100, NOW), 100, 0, 100),
+    "training": (before(STEP, 700, NOW), 300, 200, 700),
+    "evaluating": (before(STEP, 900, NOW), 400, 200, 900),
+    "starting to evaluate": (before(STEP.replace("step", "reset"), 5, NOW), 400, 200, 800),
+    "evaluating when trained": (before(STEP, 2400, NOW), 700, 600, 2400),
+    "writing": (writing("checkpoint.pt", 2, NOW), 400, 400, 1200),
+    "renaming": (renaming("model.pt", 2, NOW), 400, 400, 1200),
+    "logging": (before("queue.Queue.put", 20, NOW), 400, 400, 1200),
+    "waiting for the log": (before("queue.Queue.join", 3, NOW), 400, 400, 1200),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_stopped(tmp_path, uninterrupted, moment):
+    """Between two steps, but at once in an evaluation."""
     number = [signal.SIGINT, signal.SIGTERM][list(MOMENTS).index(moment) % 2]
-    ended = Run(tmp_path, TUNED, PENDULUM, before(*MOMENTS[moment], send(number))).wait()
+    hook, end, start, steps = MOMENTS[moment]
+    ended = run(tmp_path, TUNED, PENDULUM, f"NUMBER = {number}\n{hook}{COUNT_STEPS}")
     assert ended.code == 128 + number, ended
-    run_dir = tmp_path / "runs/x"
-    step = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
-    assert step % 200 == 0
-    assert ended.output.endswith(f"\nstopped by {number.name}. Resume it with --resume runs/x (from step {step})\n")
-    assert "Error" not in ended.output and "Exception" not in ended.output
-    assert not list(run_dir.glob("*.tmp"))
-    assert torch.load(run_dir / "model.pt", weights_only=True)["global_step"] % 200 == 0
-    assert dashboard(run_dir)["eval/episodic_return"][0][0] == 200
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
+    lines = [f"stopped: ended at step {end}; --resume runs/x goes on from step {start}", f"steps: {steps}"]
+    assert ended.output.splitlines()[-2:] == lines
+    assert "Error" not in ended.output and "Exception" not in ended.output and "Interrupt" not in ended.output
+    assert not list((tmp_path / "runs/x").glob("*.tmp"))
+    assert start == 0 or step_of(tmp_path / "runs/x/checkpoint.pt") == start
+    assert_resumes(tmp_path, uninterrupted)
 
 
-def test_an_evaluation_under_way_stops_at_its_next_step(tmp_path):
-    """Each of its steps is one of 2,000 environments; the 10,000th is within the fifth of 200."""
-    hook = before(STEP, 10_000, send(signal.SIGTERM)) + before(STEP, 12_000, "print('still evaluating')")
-    ended = run(tmp_path, TUNED, f"{PENDULUM} --eval-interval 50 --eval-episodes 2000", hook)
-    assert ended.code == 143 and "still evaluating" not in ended.output, ended.output
-    assert "stopped by SIGTERM. Resume it with --resume runs/x (from the start: no checkpoint yet)" in ended.output
-
-
-def test_a_second_interrupt_ends_it_at_once(tmp_path):
-    hook = before("os.replace", 7, send(signal.SIGINT))
-    hook += before("torch.utils.tensorboard.SummaryWriter.close", 1, send(signal.SIGINT))
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_second_signal_ends_it_at_once(tmp_path, uninterrupted, number, code):
+    hook = before(STEP, 700, f"{send(number)}\n{send(number)}\nprint('still here')")
     ended = run(tmp_path, TUNED, PENDULUM, hook)
-    assert ended.code == -signal.SIGINT
-    assert "Traceback" not in ended.output
-    assert torch.load(tmp_path / "runs/x/checkpoint.pt", weights_only=True)["global_step"] in (200, 400)
+    assert ended.code == code and "still here" not in ended.output and "Traceback" not in ended.output, ended
+    assert_resumes(tmp_path, uninterrupted)
 
 
-# An environment that fails
+def test_another_signal_while_it_ends(tmp_path):
+    """Ctrl-C reaches a sweep and its runs, and then the sweep stops them."""
+    hook = before(STEP, 900, send(signal.SIGINT))
+    hook += before("torch.utils.tensorboard.SummaryWriter.close", 1, send(signal.SIGTERM))
+    ended = run(tmp_path, TUNED, PENDULUM, hook)
+    assert ended.code in (130, 143) and "Traceback" not in ended.output, ended
+    assert ended.output.endswith("\nstopped: ended at step 400; --resume runs/x goes on from step 200\n")
 
 
 @pytest.mark.parametrize("script", [TUNED, PAPER])
@@ -442,141 +479,62 @@ def test_an_error_of_the_environment(tmp_path, uninterrupted, script):
     """After 100 steps of the second episode: with 2 x 200 steps of an evaluation, Pendulum's 700th."""
     ended = run(tmp_path, script, PENDULUM, before(STEP, 700, "raise ValueError('the simulator broke')"))
     assert ended.code == 1 and "Traceback" in ended.output
-    last = "This ended the run at step 300. Resume it with --resume runs/x (from step 200)"
+    last = "This run ended at step 300; --resume runs/x goes on from step 200"
     assert ended.output.endswith(f"\nValueError: the simulator broke\n{last}\n")
-    assert run(tmp_path, script, "--resume runs/x").code == 0
-    assert outcome(tmp_path / "runs/x") == uninterrupted(script, PENDULUM)[0]
+    assert_resumes(tmp_path, uninterrupted, script)
 
-
-def test_a_run_keeps_others_out_of_its_folder(tmp_path, uninterrupted):
-    """Resumed while it is still running, both would write there."""
-    lock = "import fcntl; fcntl.flock(os.open('runs/x', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    ended = run(tmp_path, TUNED, PENDULUM, before(STEP, 300, lock))
-    assert ended.code == 1 and "BlockingIOError" in ended.output, ended.output
-    held = os.open(tmp_path / "runs/x", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    assert_refused(tmp_path, TUNED, "--resume runs/x", "runs/x is in use")
-    os.close(held)
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
-
-
-# Full disks and folders without write permission
 
 FILL = "open('runs/filler', 'wb', 0).write(bytes(10**8))"
 FILL_UP_TO_64_KB = FILL + "\nos.truncate('runs/filler', os.path.getsize('runs/filler') - 2**16)"
-FULL = {  # when it happens, what then fails
-    "eval.csv": (before(STEP, 700, FILL), ["eval.csv", "model.pt", "checkpoint.pt"]),
-    "checkpoint.pt": (before("torch.save", 5, FILL), ["checkpoint.pt", "model.pt"]),
-    "large files": (before("torch.save", 4, FILL_UP_TO_64_KB), ["model.pt", "checkpoint.pt"]),
+READ_ONLY = "assert os.system('mount --bind runs runs && mount -o remount,bind,ro runs') == 0"
+FULL = {  # when it happens
+    "at a small file": before(STEP, 900, FILL),
+    "at a large file": writing("model.pt", 2, FILL_UP_TO_64_KB),
+    "within a checkpoint": writing("checkpoint.pt", 2, FILL),
+    "at the last results": before(STEP, 2400, FILL),
+    "at a film": before("gymnasium.wrappers.RecordVideo.stop_recording", 2, FILL),
+    "read-only": before(STEP, 900, READ_ONLY),
+    "also where it prints": before(STEP, 900, FILL),
 }
 
 
-def assert_went_on(ended: Ended, failed: list[str], run_dir: Path, reason: str):
-    """It said so and trained to the end, but does not count as complete, and what was saved before is whole."""
-    assert ended.code == 1 and "Traceback" not in ended.output, ended.output
-    assert "\nstep 600: " in ended.output and "complete" not in ended.output
-    for name in failed:
-        lines = [line for line in ended.output.splitlines() if line.startswith("warning: ") and name in line]
-        assert lines and all(reason in line for line in lines), ended.output
+def assert_ended(ended: Ended, run_dir: Path, reason: str):
+    """With one line that says why, and what was saved before is whole."""
+    line = rf"^error: .*{reason}.*; ended at step \d+; --resume runs/x goes on from step (\d+)$"
+    match = re.search(line, ended.output, re.MULTILINE)
+    assert ended.code == 1 and match and "Traceback" not in ended.output, ended.output
     assert not (run_dir / "result.json").exists()
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] in (200, 400)
-    assert torch.load(run_dir / "model.pt", weights_only=True)["global_step"] in (200, 400)
+    assert step_of(run_dir / "checkpoint.pt") == int(match[1]) <= step_of(run_dir / "model.pt")
     steps = [line.split(",")[0] for line in (run_dir / "eval.csv").read_text().splitlines()]
     assert steps == ["global_step", "200", "400", "600", "700"][: len(steps)] and len(steps) > 1
-    assert not list(run_dir.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("first", FULL)
-def test_disk_full(small_disk, uninterrupted, first):
-    hook, failed = FULL[first]
-    run_dir = small_disk / "runs/x"
-    assert_went_on(run(small_disk, TUNED, PENDULUM, hook), failed, run_dir, "No space left on device")
-    (small_disk / "runs/filler").unlink()
-    assert run(small_disk, TUNED, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
-
-
-def test_the_log_goes_on_when_there_is_room_again(small_disk, monkeypatch):
-    """A single failed write must not end it: tensorboard's writer thread does not survive one."""
-    folder, filler = small_disk / "runs/x", small_disk / "runs/filler"
-    monkeypatch.setattr(threading, "excepthook", functools.partial(tuned.quiet_log_writer, threading.excepthook))
-    log, row = tuned.Log(str(folder)), {f"a/{i}": 1.0 for i in range(200)}  # more than a page of the disk
-    log.add(row, 1)
-    with contextlib.suppress(OSError):
-        filler.write_bytes(bytes(10**8))
-    for step in range(2, 6):
-        log.add(row, step)
-    filler.unlink()
-    for step in range(6, 9):
-        log.add(row, step)
-    log.close()
-    steps = {step for values in scalars(folder).values() for step, _ in values}
-    assert {1, 7, 8} <= steps and 4 not in steps
-    assert all(path.stat().st_size for path in folder.iterdir())
-
-
-def test_file_size_limit(tmp_path, uninterrupted):
-    hook = before("torch.save", 4, "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))")
-    ended, run_dir = run(tmp_path, TUNED, PENDULUM, hook), tmp_path / "runs/x"
-    assert_went_on(ended, ["model.pt", "checkpoint.pt"], run_dir, "File too large")
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
-
-
-def test_disk_becomes_read_only(small_disk, uninterrupted):
-    hook = before(STEP, 700, "assert os.system('mount -o remount,ro runs') == 0")
-    ended, run_dir = run(small_disk, TUNED, PENDULUM, hook), small_disk / "runs/x"
-    failed = ["eval.csv", "model.pt", "checkpoint.pt", "TensorBoard"]
-    assert_went_on(ended, failed, run_dir, "Read-only file system")
+@pytest.mark.parametrize("moment", FULL)
+def test_disk_full(small_disk, uninterrupted, moment):
+    flags = f"{PENDULUM} --capture-video" if "film" in moment else PENDULUM
+    output = small_disk / "runs/output.txt" if "prints" in moment else None
+    ended = run(small_disk, TUNED, flags, FULL[moment], output)
+    if output:
+        assert ended.code == 1
+    else:
+        reason = "Read-only file system" if "read" in moment else "No space left on device"
+        assert_ended(ended, small_disk / "runs/x", reason)
     assert_refused(small_disk, TUNED, "--resume runs/x", "cannot write to runs/x")
-    assert_refused(small_disk, TUNED, PENDULUM.replace("-name x", "-name y"), "cannot write to runs/y")
-    subprocess.run(["mount", "-o", "remount,rw", small_disk / "runs"], check=True)
-    assert run(small_disk, TUNED, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(TUNED, PENDULUM)[0]
+    subprocess.run(["umount", "runs"] if "read" in moment else ["rm", "runs/filler"], cwd=small_disk, check=True)
+    assert_resumes(small_disk, uninterrupted, flags=flags)
 
 
-def test_folder_disappears(tmp_path, uninterrupted):
-    """It is moved, and then a file takes its place: no permission is needed for that, and root has no way around."""
-    hook = before(STEP, 700, "os.rename('runs/x', 'runs/y'); open('runs/x', 'w')")
-    ended, failed = run(tmp_path, TUNED, PENDULUM, hook), ["eval.csv", "model.pt", "checkpoint.pt", "TensorBoard"]
-    (tmp_path / "runs/x").unlink()
-    (tmp_path / "runs/y").rename(tmp_path / "runs/x")
-    assert_went_on(ended, failed, tmp_path / "runs/x", "Not a directory")
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
+LIMITS = {
+    "of the model": writing("model.pt", 2, "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"),
+    "of the log": before(STEP, 700, "import glob\nsize = os.path.getsize(*glob.glob('runs/x/events.*'))\n"
+                                    "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))"),
+}  # fmt: skip
 
 
-def test_last_step_cannot_be_written(tmp_path, uninterrupted):
-    """Its checkpoint would make --resume believe that its results are there."""
-    flags = PENDULUM.replace("700", "600")
-    ended, run_dir = (
-        run(tmp_path, TUNED, flags, before("os.replace", 8, "raise OSError(5, 'broken')")),
-        tmp_path / "runs/x",
-    )
-    assert ended.code == 1 and "cannot write runs/x/eval.csv" in ended.output, ended.output
-    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 400
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(run_dir) == uninterrupted(TUNED, flags)[0]
-
-
-def test_film_cannot_be_written(tmp_path):
-    hook = before("gymnasium.wrappers.RecordVideo.stop_recording", 1, "raise OSError(28, 'full')")
-    flags = PENDULUM.replace("700", "400") + " --capture-video"
-    ended = run(tmp_path, TUNED, flags, hook)
-    assert ended.code == 0 and "warning: cannot write the video, training goes on" in ended.output, ended.output
-    assert [path.name.split("-episode")[0] for path in (tmp_path / "runs/x/videos").glob("*.mp4")] == ["step-400"]
-
-
-def test_a_checkpoint_that_failed_is_tried_again_at_the_next_episodes_end(tmp_path, uninterrupted):
-    """Not only when the next one is due, at 800 steps."""
-    flags = PENDULUM.replace("--checkpoint-interval 200", "--checkpoint-interval 400")
-    hook = before("os.replace", 6, "raise OSError(5, 'broken')") + before("os.replace", 10, send(signal.SIGKILL))
-    ended = run(tmp_path, TUNED, flags, hook)
-    assert ended.code == -signal.SIGKILL and "cannot write runs/x/checkpoint.pt" in ended.output, ended.output
-    assert torch.load(tmp_path / "runs/x/checkpoint.pt", weights_only=True)["global_step"] == 600
-    assert run(tmp_path, TUNED, "--resume runs/x").code == 0
-    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, flags)[0]
+@pytest.mark.parametrize("file", LIMITS)
+def test_file_size_limit(tmp_path, uninterrupted, file):
+    assert_ended(run(tmp_path, TUNED, PENDULUM, LIMITS[file]), tmp_path / "runs/x", "File too large")
+    assert_resumes(tmp_path, uninterrupted)
 
 
 def test_no_place_for_a_run(tmp_path):
@@ -584,14 +542,6 @@ def test_no_place_for_a_run(tmp_path):
     (tmp_path / "runs/file").touch()
     assert_refused(tmp_path, TUNED, PENDULUM.replace("-name x", "-name file/x"), "cannot write to runs/file/x")
     assert_refused(tmp_path, TUNED, PENDULUM.replace("-name x", "-name /proc/x"), "cannot write to /proc/x")
-
-
-def test_nowhere_to_print(tmp_path, uninterrupted):
-    """The disk that is full may be the one that the run's own output goes to."""
-    hook = before(STEP, 300, send(signal.SIGTERM))
-    assert Run(tmp_path, TUNED, PENDULUM, hook, output=Path("/dev/full")).wait().code == 128 + signal.SIGTERM
-    Run(tmp_path, TUNED, "--resume runs/x", output=Path("/dev/full")).wait()
-    assert outcome(tmp_path / "runs/x") == uninterrupted(TUNED, PENDULUM)[0]
 
 
 # Memory and file handles
@@ -633,7 +583,8 @@ def test_long_runs_stay_flat(tmp_path):
     acting = [memory for step, memory, _ in rows if 30_000 <= step <= 58_000]
     assert max(acting) - min(acting) < 4e6
     assert rows[-1][1] - rows[-2][1] < 4e6  # and while it learns
-    assert len({handles for step, _, handles in rows if step > 1_000}) == 1
+    handles = [handles for step, _, handles in rows if step > 1_000]
+    assert max(handles) - min(handles) <= 1  # the log's, opened for each row
 
 
 PEAK = """
@@ -649,7 +600,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     flags += " --eval-interval 0 --checkpoint-interval 8e3"
     before_saving = PEAK + "open('/proc/self/clear_refs', 'w').write('5'); print('before:', memory('VmRSS'))"
     after_saving = PEAK + "print('peak:', memory('VmHWM'))"
-    hook = before("psutil.Process", 8, before_saving) + before("os.replace", 2, after_saving)
+    hook = before("psutil.Process", 8, before_saving) + renaming("checkpoint.pt", 1, after_saving)
     ended = run(tmp_path, TUNED, flags + " --keep-checkpoint", hook)
     words = ended.output.split()
     used, peak = (float(words[words.index(word) + 1]) for word in ("before:", "peak:"))
@@ -659,11 +610,11 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     ended = run(tmp_path, TUNED, "--resume runs/x --total-timesteps 8060", hook)
     words = ended.output.split()
     assert ended.code == 0 and float(words[words.index("loaded:") + 1]) < used + 30  # what is mapped doesn't count
-    assert "note: resuming will not be exact here" in ended.output
+    assert "note: resuming may not be exact here" in ended.output
 
 
 def test_a_resumed_run_lets_go_of_the_checkpoint_it_came_from(broken_off):
     """Its 170 MB, or 1 GB and more from pixels, would stay on the disk until the run ends."""
     held = "print('held:', 'checkpoint.pt' in open('/proc/self/maps').read())"
-    ended = run(broken_off, TUNED, "--resume runs/x", before("os.replace", 4, held))
+    ended = run(broken_off, TUNED, "--resume runs/x", renaming("checkpoint.pt", 1, held))
     assert ended.code == 0 and "held: False" in ended.output

@@ -16,6 +16,7 @@ DIFFERENT = {  # above the mark
     "Actor": "observations of any shape",
     "Actor.__init__": NETWORKS,
     "Actor.forward": NETWORKS,
+    "Batch": "observations of any shape; n steps",
     "DDPG.__init__": "networks, learning rates, weight decay, noise",
     "DDPG.act": "observations of any shape",
     "DDPG.explore": "parameter noise",
@@ -28,8 +29,7 @@ DIFFERENT = {  # above the mark
 ONLY_TUNED = {"NStep", "GaussianNoise", "ParameterNoise", "DDPG.anneal_noise"}
 FLAGS_ONLY_TUNED = "learning_rate exploration_noise noise noise_anneal_steps exploration_noise_final layer_norm n_step "
 FLAGS_ONLY_TUNED += "target_noise target_noise_clip"
-ONLY_PAPER = {"init_weights", "Convolutions", "input_layers"}
-ONLY_PAPER |= {"PixelObservation", "PixelReplayBuffer", "Args.__post_init__"}
+ONLY_PAPER = {"init_weights", "Convolutions", "PixelObservation", "PixelReplayBuffer", "Args.__post_init__"}
 
 
 def halves(script) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def definitions(script) -> dict[str, str]:
 
     def text_of(node) -> str:
         decorators = "".join(f"@{ast.unparse(decorator)}\n" for decorator in getattr(node, "decorator_list", []))
-        return decorators + ast.get_source_segment(source, node)
+        return decorators + "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])  # with comments
 
     for node in ast.parse(source).body[1:]:
         text = text_of(node)
@@ -105,12 +105,8 @@ def test_the_two_main_functions_differ_as_listed():
 
 def flags(script) -> dict[str, tuple[str, str]]:
     """Type and words, but for where a default comes from, of each flag."""
-    (args,) = [node for node in ast.parse(halves(script)[0]).body if getattr(node, "name", "") == "Args"]
-    body = [node for node in args.body if isinstance(node, ast.AnnAssign | ast.Expr)]
-    return {
-        field.target.id: (ast.unparse(field.annotation), doc.value.value.split(" (")[0])
-        for field, doc in zip(body[::2], body[1::2], strict=True)
-    }
+    field = r"^    (\w+): (.*?) = .*?  # (.*?)(?: \(.*)?$"
+    return {name: (kind, words) for name, kind, words in re.findall(field, definitions(script)["Args"], re.MULTILINE)}
 
 
 def test_shared_flags_mean_the_same():
@@ -119,7 +115,7 @@ def test_shared_flags_mean_the_same():
     shared = [name for name in one if name in other]
     moved = {"ou_theta", "ou_dt"}  # in the tuned script among the additions
     assert [name for name in shared if name not in moved] == [name for name in other if name in one.keys() - moved]
-    assert {name for name in shared if one[name] != other[name]} == {"batch_size"}
+    assert {name for name in shared if one[name] != other[name]} == {"batch_size", "total_timesteps"}
     assert set(one) - set(other) == set(FLAGS_ONLY_TUNED.split())
 
 

@@ -5,7 +5,7 @@ at a known place, however fast the machine is.
 """
 
 import math
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -20,20 +20,23 @@ def held_from() -> float:
         return math.inf
 
 
+def handlers() -> list:
+    """A run's, until a signal has come: then it puts back the one that was there before."""
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 class Waiting(PendulumEnv):
     waits, steps = False, 0
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
+            self.handlers = handlers()
             self.waits = seed == 2  # a run's first episode has the run's own seed, its evaluations have larger ones
         return super().reset(seed=seed, options=options)
 
     def step(self, action):
         self.steps += 1
-        while self.waits and self.steps >= held_from():
-            scripts = sys.modules["__main__"], sys.modules.get("ddpg_paper_faithful")
-            if any(getattr(script, "stop_signals", None) for script in scripts):
-                break
+        while self.waits and self.steps >= held_from() and handlers() == self.handlers:
             time.sleep(0.01)
         return super().step(action)
 

@@ -1,0 +1,75 @@
+"""--compile: the whole update as one graph, which follows the eager one up to rounding and resumes exactly."""
+
+import signal
+
+import pytest
+import torch
+from conftest import CPU, agent, command, felt_weights, paper, process, random_batch, tuned
+from test_copying import changed
+from test_resume import PENDULUM, TUNED, before, outcome, run, send
+
+CASES = {
+    "tuned": (tuned, {}),
+    "with what can be added": (tuned, dict(noise="parameter", layer_norm="both", target_noise=0.2)),
+    "paper": (paper, dict(batch_norm="both")),
+}
+PENDULUM_STEP = "gymnasium.envs.classic_control.pendulum.PendulumEnv.step"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_update_follows_the_eager_one(case):
+    """With the same random numbers: after 11 updates, two of them of the critic alone, only rounding differs."""
+    script, flags = CASES[case]
+    agents, losses = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        learner, buffer = agent(script, compile=compiled, **flags), script.ReplayBuffer(200, 3, 1, CPU)
+        for obs, action, reward, next_obs, discount in zip(*random_batch(script, n=200), strict=True):
+            buffer.add(obs, action, float(reward), next_obs, float(discount))
+
+        def learn(update_actor, learner=learner, buffer=buffer):
+            batch = buffer.sample(32)
+            return learner.update(batch, update_actor), batch
+
+        _, learn = script.accelerated(learner, learn)
+        losses.append([learn(step % 5 != 4)[0] for step in range(11)][-1])
+        agents.append(learner)
+    for name in "actor", "qf", "target_actor", "target_qf":
+        eager, compiled = (felt_weights(getattr(each, name)) for each in agents)
+        assert (eager - compiled).abs().max() < 2e-5 * eager.abs().max(), name
+    for tag, value in losses[0].items():
+        assert float(losses[1][tag]) == pytest.approx(float(value), rel=1e-3), tag
+    for optimizer, updates in ("actor_optimizer", 9), ("qf_optimizer", 11):
+        states = [getattr(each, optimizer).state_dict()["state"] for each in agents]
+        assert states[0].keys() == states[1].keys() and float(states[0][0]["step"]) == updates
+        assert float(states[1][0]["step"]) == updates
+
+
+def test_a_compiled_run_resumes_to_the_same_bytes_in_another_process(tmp_path):
+    """Stopped at step 500, with a checkpoint of step 400 and updates from step 301 on."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    flags = f"{PENDULUM} --compile"
+    ended = run(whole, TUNED, flags)
+    assert ended.code == 0, ended.output
+    ended = run(stopped, TUNED, flags, before(PENDULUM_STEP, 500 + 2 * 2 * 200, send(signal.SIGTERM)))
+    assert ended.code == 128 + signal.SIGTERM and "goes on from step 400" in ended.output, ended.output
+    ended = run(stopped, TUNED, "--resume runs/x")
+    assert ended.code == 0, ended.output
+    assert outcome(stopped / "runs/x") == outcome(whole / "runs/x")
+
+
+def test_without_a_compiler_it_says_so_before_training(script, tmp_path):
+    done = process(command(script, compile=True, cuda=False), tmp_path, CXX="/no/such/compiler")
+    assert done.returncode == 2 and "error: --compile needs a C++ compiler, such as g++" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("runs/*"))
+
+
+def test_an_update_that_is_no_single_graph_is_named_with_the_way_out(tmp_path):
+    """A copy that looks at a number within its update."""
+    look = "        losses = {"
+    (tmp_path / "mine.py").write_text(changed(tuned, {look: f"        print(qf_loss.item() > 0)\n{look}"}))
+    ended = run(tmp_path, tmp_path / "mine.py", f"{PENDULUM} --compile")
+    assert ended.code == 1 and "Traceback" not in ended.output, ended.output
+    last = ended.output.strip().splitlines()[-1]
+    assert last.startswith("error: --compile cannot make this update one graph (") and "leave it away" in last
