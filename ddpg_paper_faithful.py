@@ -575,15 +575,15 @@ class Run:
             load_model(agent, args.warm_start)
         needed = args.eval_episodes if args.eval_interval or args.final_eval_episodes else 0
         self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(needed)]
-        if args.track:
-            import wandb
-
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
-            wandb.init(**names, id=record["id"], resume="allow", sync_tensorboard=True, config=asdict(args))
         self.lock = filelock.FileLock(self.dir / ".lock")
         try:  # at last, when nothing else can fail
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
+            if args.track:
+                import wandb
+
+                names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
+                wandb.init(**names, id=record["id"], resume="allow", sync_tensorboard=True, config=asdict(args))
             self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
             (self.dir / "result.json").unlink(missing_ok=True)
             save(self.dir / "args.json", json.dumps(record | {"args": plain(args)}, indent=2))
@@ -592,6 +592,9 @@ class Run:
         except OSError as error:
             self.lock.release()
             exit_unless(False, f"cannot write to {self.dir}: {error}")
+        except BaseException:  # of wandb
+            self.lock.release()
+            raise
         memory = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, torch.Tensor)) / 2**30
         tqdm.write(f"{args.env_id} on {device} with {torch.get_num_threads()} CPU threads; results in {self.dir}")
         tqdm.write(f"the replay buffer takes {memory:.2f} GiB when it is full")
@@ -930,7 +933,8 @@ def checked(obs):
 def make_env(args: Args, render: bool = False) -> gym.Env:
     env_id, pixels = args.env_id, getattr(args, "pixels", False)
     states = random_states()  # an environment may draw numbers, or seed, as it is made
-    warnings.filterwarnings("ignore", module="glfw")  # what it has to say comes in the error too
+    warnings.filterwarnings("ignore", module="glfw")  # what these have to say comes in the error too
+    warnings.filterwarnings("ignore", ".*not in the possible render_modes")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # render without a screen
         os.environ.setdefault("MUJOCO_GL", "egl")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
