@@ -575,6 +575,7 @@ class Run:
             load_model(agent, args.warm_start)
         needed = args.eval_episodes if args.eval_interval or args.final_eval_episodes else 0
         self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(needed)]
+        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
         self.lock = filelock.FileLock(self.dir / ".lock")
         try:  # at last, when nothing else can fail
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -662,7 +663,6 @@ class Run:
         self.stop_signal, self.evaluating, self.handlers = None, False, {}
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
         flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
         self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
         total, done = self.args.total_timesteps, self.global_step
@@ -694,6 +694,7 @@ class Run:
                 raise KeyboardInterrupt
 
     def __exit__(self, kind, error, traceback):
+        self.evaluating = False
         self.bar.close()
         with contextlib.suppress(OSError):  # already reported
             self.writer.close()
@@ -711,11 +712,12 @@ class Run:
             sys.exit(128 + (self.stop_signal or signal.SIGINT))
         if kind is SystemExit and isinstance(error.code, str):
             error.code = f"{error.code}; {ended}"
+        full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
         cause = error
-        while cause and cause.__context__:  # torch.save hides the disk's error behind its own
+        while cause:  # torch.save and moviepy hide the disk's error behind their own
+            if isinstance(cause, OSError) and any(text in str(cause) for text in full):
+                sys.exit(f"error: {str(cause).splitlines()[0]}; {ended}")
             cause = cause.__context__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            sys.exit(f"error: {cause}; {ended}")
         if isinstance(error, Exception):
             error.add_note(f"This run {ended}")
 
@@ -784,6 +786,7 @@ class Run:
         result |= dict(seconds=seconds, steps_per_second=self.global_step / seconds)
         for each in [self.env, *self.eval_envs]:
             each.close()
+        self.writer.flush()
         save(self.dir / "result.json", json.dumps(result, indent=2))
         if not self.args.keep_checkpoint:
             (self.dir / "checkpoint.pt").unlink(missing_ok=True)
@@ -820,7 +823,12 @@ def parse_args() -> Args:
     @registry.primitive_rule
     def integers(info):  # 1e6 too; a float here, which set_up turns into an integer or refuses
         spec = tyro.constructors.PrimitiveConstructorSpec
-        number = spec(1, "INT", lambda words: float(words[0]), lambda n: isinstance(n, int), lambda n: [str(n)])
+
+        def number_of(words):
+            number = float(words[0])
+            return int(number) if number.is_integer() else number
+
+        number = spec(1, "INT", number_of, lambda n: isinstance(n, int), lambda n: [str(n)])
         return number if info.type is int else None
 
     args = tyro.cli(Args, registry=registry)
@@ -1020,7 +1028,7 @@ def load_model(agent: DDPG, run_dir: str) -> dict:
 
 def attributes(part) -> dict:
     """What a checkpoint keeps of an object: its attributes, those with a state_dict() by that."""
-    own = {name: value for name, value in vars(part).items() if name not in MADE_ANEW}
+    own = {name: value for name, value in vars(part).items() if not isinstance(part, DDPG) or name not in MADE_ANEW}
     return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in own.items()}
 
 
@@ -1030,7 +1038,11 @@ def set_attributes(part, state: dict):
         own = getattr(part, name, None)
         if hasattr(own, "load_state_dict"):
             own.load_state_dict(value)
-        elif isinstance(own, torch.Tensor) and isinstance(value, torch.Tensor) and own.shape == value.shape:
+        elif (
+            isinstance(own, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and (own.shape, own.dtype) == (value.shape, value.dtype)
+        ):
             own.copy_(value)  # on its own device
         else:
             setattr(part, name, value)
