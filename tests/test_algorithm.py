@@ -321,18 +321,17 @@ def test_tau_1_makes_the_targets_copies(script):
 
 
 def test_the_logged_gradient_norms(script):
-    """Of the gradients by which the networks have last moved: those of the losses just before, the paper's with L2."""
+    """Of the losses just before the last update, without L2."""
     still = {"learning_rate" if script is tuned else "critic_lr": 1e-12}
     learner, batch = drifted(script, **still), random_batch(script)
     critic_loss, actor_loss = learner.critic_loss(batch)[0], learner.actor_loss(batch.obs)
     gradients = torch.autograd.grad(critic_loss, [*learner.qf.parameters()])
-    decay = 0 if script is tuned else 0.01
-    moved_by = [g + decay * p * (p.ndim > 1) for g, p in zip(gradients, learner.qf.parameters(), strict=True)]
+    critic_gradients = gradients
     gradients = torch.autograd.grad(actor_loss, [*learner.actor.parameters()])
     learner.act(np.zeros(3))
     learner.update(batch)
     logged = learner.diagnostics(batch)
-    for name, expected in ("qf1", moved_by), ("actor", gradients):
+    for name, expected in ("qf1", critic_gradients), ("actor", gradients):
         norm = sum(gradient.double().square().sum() for gradient in expected) ** 0.5
         assert logged[f"losses/{name}_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
 
@@ -599,7 +598,8 @@ def test_products_have_fp32s_accuracy(script, tmp_path):
     mkl, mkl_error, onednn, onednn_error = re.split(r"error (.*)", done.stdout)[:4]
     assert 0 < float(mkl_error) < 5e-6 and 0 < float(onednn_error) < 5e-6
     kernels = [re.findall(",exec,cpu,matmul,([^,]+)", each) for each in (mkl, onednn)]
-    assert not kernels[0] and not re.search("bf16|amx", " ".join(kernels[1]))
+    assert len(kernels[0]) <= 1  # the product that asks whether oneDNN would round to bf16
+    assert not re.search("bf16|amx", " ".join(kernels[1]))
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         assert len(kernels[1]) > 40
 
