@@ -821,15 +821,14 @@ def parse_args() -> Args:
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def integers(info):  # 1e6 too; a float here, which set_up turns into an integer or refuses
-        spec = tyro.constructors.PrimitiveConstructorSpec
-
-        def number_of(words):
+    def integers(info):
+        def parsed(words):  # 1e6 is an integer; 1.5 is left for set_up to refuse
             number = float(words[0])
             return int(number) if number.is_integer() else number
 
-        number = spec(1, "INT", number_of, lambda n: isinstance(n, int), lambda n: [str(n)])
-        return number if info.type is int else None
+        spec = tyro.constructors.PrimitiveConstructorSpec
+        integer = spec(1, "INT", parsed, lambda n: isinstance(n, int), lambda n: [str(n)])
+        return integer if info.type is int else None
 
     args = tyro.cli(Args, registry=registry)
     exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate cannot be combined")
