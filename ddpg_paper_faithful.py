@@ -403,14 +403,15 @@ class DDPG:
         """Logged beside the losses, after an update: at every step it would cost time."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         return {
-            "losses/qf1_grad_norm": grad_norm(self.qf),
-            "losses/actor_grad_norm": grad_norm(self.actor),
+            "losses/qf1_grad_norm": nn.utils.clip_grad_norm_(self.qf.parameters(), torch.inf),
+            "losses/actor_grad_norm": nn.utils.clip_grad_norm_(self.actor.parameters(), torch.inf),
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
             "charts/exploration_difference": (self.action - self.actor(self.obs)).abs().mean(),
         }
 
     def state_dict(self):
-        return attributes(self)
+        made_anew = "args device obs action explore actor_parameters parameters target_parameters".split()
+        return attributes(self, but=made_anew)
 
     def load_state_dict(self, state):
         set_attributes(self, state)
@@ -446,7 +447,9 @@ class PixelObservation(gym.Wrapper):
 
 def wrap(env: gym.Env, args: Args) -> gym.Env:
     """The place for your wrappers, in training and evaluation alike. A state that one keeps is in no checkpoint."""
-    return PixelObservation(env) if args.pixels else env
+    if args.pixels:
+        return gym.wrappers.RecordEpisodeStatistics(PixelObservation(env), stats_key="of three frames a step")
+    return env
 
 
 @torch.no_grad()
@@ -456,11 +459,10 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
     Returns three arrays (N,): the environment's own return, the discounted return, and the critic's estimate of that.
     """
     training = agent.actor.training, agent.qf.training
-    agent.actor.eval()
-    agent.qf.eval()
+    agent.actor.eval(), agent.qf.eval()
     seed = 10_000 * (agent.args.seed + 1) % (2**32 - 10_000) + first_start  # a run's own, below 2**32
     obs = np.array([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
-    returns, discounted, running = np.zeros(len(envs)), np.zeros(len(envs)), set(range(len(envs)))
+    discounted, running = np.zeros(len(envs)), set(range(len(envs)))
     for step in range(agent.args.max_eval_steps):
         device_obs = torch.tensor(obs, device=agent.device)
         action = agent.actor.clip(agent.actor(device_obs))
@@ -469,7 +471,6 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
         actions = action.cpu().numpy()
         for i in sorted(running):  # finished ones keep their rows: the batch's shape, and so the rounding, stays
             obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            returns[i] += envs[i].get_wrapper_attr("take_own_reward")()  # whatever wrappers made of it
             discounted[i] += agent.args.gamma**step * reward
             if terminated or truncated:
                 running.remove(i)
@@ -479,8 +480,8 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
             tqdm.write(f"evaluating: {len(running)} of {len(envs)} episodes run on after {step + 1:,} steps")
     if running:
         tqdm.write(f"warning: {len(running)} evaluation episodes cut at --max-eval-steps", sys.stderr)
-    agent.actor.train(training[0])
-    agent.qf.train(training[1])
+    agent.actor.train(training[0]), agent.qf.train(training[1])
+    returns = np.array([env.get_wrapper_attr("episode_returns") for env in envs])  # whatever wrappers made of rewards
     return returns, discounted, q_estimates
 
 
@@ -517,7 +518,7 @@ def main(args: Args):
             action = agent.act(obs) if learning else env.action_space.sample()
 
             # Execute a_t, observe r_t and s_t+1, store the transition (with the real s_t+1 even at an episode's end)
-            next_obs, reward, terminated, truncated, info = env.step(action)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
             buffer.add(obs, action, reward, next_obs, discount=0 if terminated else args.gamma)
             obs, episode_over = next_obs, terminated or truncated
 
@@ -527,7 +528,7 @@ def main(args: Args):
 
             # Log, evaluate, save
             if episode_over:
-                run.log_episode(info["episode"])
+                run.log_episode()
             last_step = global_step == args.total_timesteps
             evaluating = args.eval_interval and (global_step % args.eval_interval == 0 or last_step)
             saving = episode_over and run.checkpoint_due()
@@ -544,18 +545,17 @@ def main(args: Args):
 # From here on: the plumbing, word for word the same in both scripts. DDPG can be understood without it.
 
 CHECKPOINT_FORMAT = 4  # raised when the contents change: an older checkpoint is refused
-# Attributes that checkpoints leave out, since they are made anew, and those that model.pt leaves out too
-MADE_ANEW = "args", "device", "obs", "action", "explore"
-MADE_ANEW += "actor_parameters", "parameters", "target_parameters"
-TRAINING_ONLY = "target_.*|.*_optimizer|noise"
+TRAINING_ONLY = "target_.*|.*_optimizer|noise"  # attributes of the agent that model.pt leaves out
 # Environments whose reset sets the whole state, and wrappers that keep none from episode to episode
 EXACT = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control", "gymnasium.wrappers.common"
-EXACT += "gymnasium.wrappers.transform_", f"{__name__}.OwnReward", f"{__name__}.PixelObservation"
+EXACT += "gymnasium.wrappers.transform_", f"{__name__}.PixelObservation"
+# What is true of flags' values
 POSITIVE = """total_timesteps buffer_size batch_size policy_frequency eval_episodes max_eval_steps n_step
-    learning_rate actor_lr critic_lr""".split()
+    learning_rate actor_lr critic_lr tau""".split()
 NOT_NEGATIVE = """seed num_threads checkpoint_interval eval_interval final_eval_episodes learning_starts ou_theta ou_dt
     ou_sigma exploration_noise exploration_noise_final noise_anneal_steps target_noise target_noise_clip
     critic_weight_decay""".split()
+UP_TO_ONE = "gamma tau batch_norm_momentum".split()
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # no bf16, for --matmul onednn; read at a process's first product
 
 
@@ -570,45 +570,34 @@ class Run:
         taken = not args.resume and (self.dir / "args.json").exists()
         exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
         self.refuse_what_no_checkpoint_holds()
-        record = self.restore() if args.resume else provenance(device)
+        self.record = self.restore() if args.resume else provenance(device)
         if args.warm_start and not self.global_step:
             load_model(agent, args.warm_start)
         needed = args.eval_episodes if args.eval_interval or args.final_eval_episodes else 0
         self.eval_envs = [make_env(args, render=args.capture_video and i == 0) for i in range(needed)]
-        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
-        self.lock = filelock.FileLock(self.dir / ".lock")
-        try:  # at last, when nothing else can fail
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-            if args.track:
-                import wandb
 
-                names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name)
-                wandb.init(**names, id=record["id"], resume="allow", sync_tensorboard=True, config=asdict(args))
-            self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
-            (self.dir / "result.json").unlink(missing_ok=True)
-            save(self.dir / "args.json", json.dumps(record | {"args": plain(args)}, indent=2))
-        except filelock.Timeout:
-            exit_unless(False, f"{self.dir} is in use: a run is being trained there")
-        except OSError as error:
-            self.lock.release()
-            exit_unless(False, f"cannot write to {self.dir}: {error}")
-        except BaseException:  # of wandb
-            self.lock.release()
-            raise
-        memory = sum(x.nbytes for x in vars(buffer).values() if isinstance(x, torch.Tensor)) / 2**30
-        tqdm.write(f"{args.env_id} on {device} with {torch.get_num_threads()} CPU threads; results in {self.dir}")
-        tqdm.write(f"the replay buffer takes {memory:.2f} GiB when it is full")
-        if "<FlattenObservation<" in str(env):
-            tqdm.write("note: Gymnasium's FlattenObservation makes the observations flat")
-        layers = [env]
-        while isinstance(layers[-1], gym.Wrapper):
-            layers.append(layers[-1].env)
-        classes = [type(layer) for layer in layers]
-        inexact = [each.__name__ for each in classes if not f"{each.__module__}.{each.__name__}".startswith(EXACT)]
-        if inexact or device.type == "cuda":
-            what = f"state of {', '.join(inexact)}" if inexact else "GPU's rounding"
-            tqdm.write(f"note: resuming may not be exact here: no checkpoint holds the {what}")
+    def restore(self) -> dict:
+        """Go back to the last checkpoint, if there is one yet; returns what args.json records."""
+        record, path = json.loads((self.dir / "args.json").read_text(encoding="utf-8")), self.dir / "checkpoint.pt"
+        checkpoint = load(path) if path.exists() else {"format": CHECKPOINT_FORMAT}
+        found, saved = checkpoint.get("format"), checkpoint.get("args", record["args"])
+        exit_unless(found == CHECKPOINT_FORMAT, f"{path} cannot be read by this version: its format is {found}")
+        for name, value in plain(self.args).items():
+            kept = name in ("resume", "total_timesteps") or saved.get(name, value) == value
+            exit_unless(kept, f"--resume keeps the run's own flags (args_of has them): its {name} is {saved.get(name)}")
+        raised = self.args.total_timesteps - record["args"]["total_timesteps"]
+        exit_unless(raised >= 0, "--total-timesteps can only be raised")
+        complete = (self.dir / "result.json").exists() and not (raised and path.exists())
+        extending = "extending it takes a checkpoint kept by --keep-checkpoint and a higher --total-timesteps"
+        exit_unless(not complete, f"{self.dir} is complete; {extending}")
+        if path.exists():
+            self.agent.load_state_dict(checkpoint["agent"])
+            self.buffer.load_state_dict(checkpoint["buffer"])
+            random_states(self.env, restore=checkpoint["random_states"])
+            self.global_step = self.saved_step = checkpoint["global_step"]
+            self.eval_rows = checkpoint["eval_rows"]
+            self.start_time -= checkpoint["seconds"]
+        return record
 
     def refuse_what_no_checkpoint_holds(self):
         """Before training and after the first update, which may add attributes: not hours later."""
@@ -621,30 +610,6 @@ class Run:
                     what = f"{name} of {type(part).__name__}, a {type(value).__name__}"
                     remedy = "make it a tensor or plain values, or give it state_dict and load_state_dict"
                     exit_unless(False, f"no checkpoint can hold {what}: {remedy}")
-
-    def restore(self) -> dict:
-        """Go back to the last checkpoint, if there is one yet; returns what args.json records."""
-        record, path = json.loads((self.dir / "args.json").read_text(encoding="utf-8")), self.dir / "checkpoint.pt"
-        checkpoint = load(path) if path.exists() else None
-        version = checkpoint.get("format") if checkpoint else CHECKPOINT_FORMAT
-        exit_unless(version == CHECKPOINT_FORMAT, f"{path} cannot be read by this version: its format is {version}")
-        saved = checkpoint["args"] if checkpoint else record["args"]
-        for name, value in plain(self.args).items():
-            kept = name in ("resume", "total_timesteps") or saved.get(name, value) == value
-            exit_unless(kept, f"--resume keeps the run's own flags (args_of has them): its {name} is {saved.get(name)}")
-        raised = self.args.total_timesteps - record["args"]["total_timesteps"]
-        exit_unless(raised >= 0, "--total-timesteps can only be raised")
-        complete = (self.dir / "result.json").exists() and not (raised and checkpoint)
-        extending = "extending it takes a checkpoint kept by --keep-checkpoint and a higher --total-timesteps"
-        exit_unless(not complete, f"{self.dir} is complete; {extending}")
-        if checkpoint:
-            self.agent.load_state_dict(checkpoint["agent"])
-            self.buffer.load_state_dict(checkpoint["buffer"])
-            random_states(self.env, restore=checkpoint["random_states"])
-            self.global_step = self.saved_step = checkpoint["global_step"]
-            self.eval_rows = checkpoint["eval_rows"]
-            self.start_time -= checkpoint["seconds"]
-        return record
 
     def save_checkpoint(self):
         """Between two episodes, when an environment has no state to save but its random generator."""
@@ -660,15 +625,54 @@ class Run:
         return interval > 0 and self.global_step // interval > self.saved_step // interval
 
     def __enter__(self):
+        """Now that nothing else can fail, open what is written to."""
+        self.lock = filelock.FileLock(self.dir / ".lock")
+        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            if self.args.track:
+                import wandb
+
+                names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
+                options = dict(id=self.record["id"], resume="allow", sync_tensorboard=True, config=asdict(self.args))
+                wandb.init(**names, **options)
+            self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
+            (self.dir / "result.json").unlink(missing_ok=True)
+            save(self.dir / "args.json", json.dumps(self.record | {"args": plain(self.args)}, indent=2))
+        except BaseException as error:
+            self.lock.release()
+            exit_unless(not isinstance(error, filelock.Timeout), f"{self.dir} is in use: a run is being trained there")
+            exit_unless(not isinstance(error, OSError), f"cannot write to {self.dir}: {error}")
+            raise
+        flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+        self.say_what_is_run()
         self.stop_signal, self.evaluating, self.handlers = None, False, {}
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
-        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
         total, done = self.args.total_timesteps, self.global_step
         self.bar = tqdm(total=total, initial=done, unit=" steps", disable=None, dynamic_ncols=True)  # not in a pipe
         self.printed_step, self.printed_time = self.global_step, time.time()
         return self
+
+    def say_what_is_run(self):
+        device, layers = self.agent.device, [self.env]
+        where = f"on {device} with {torch.get_num_threads()} CPU threads"
+        tqdm.write(f"{self.args.env_id} {where}; results in {self.dir}")
+        memory = sum(x.nbytes for x in vars(self.buffer).values() if isinstance(x, torch.Tensor)) / 2**30
+        tqdm.write(f"the replay buffer takes {memory:.2f} GiB when it is full")
+        while isinstance(layers[-1], gym.Wrapper):
+            layers.append(layers[-1].env)
+        if gym.wrappers.FlattenObservation in map(type, layers):
+            tqdm.write("note: Gymnasium's FlattenObservation makes the observations flat")
+        names = [f"{type(layer).__module__}.{type(layer).__name__}" for layer in layers]
+        inexact = [name.split(".")[-1] for name in names if not name.startswith(EXACT)]
+        if inexact or device.type == "cuda":
+            what = f"state of {', '.join(inexact)}" if inexact else "GPU's rounding"
+            tqdm.write(f"note: resuming may not be exact here: no checkpoint holds the {what}")
+        if device.type == "cuda" and not self.args.cudagraphs:
+            tqdm.write("note: --cudagraphs makes training on a GPU several times as fast")
 
     def stop(self, number, frame):
         """End the run after this step, or at once in an evaluation: an exception within a write could hang the log."""
@@ -693,7 +697,7 @@ class Run:
             if self.stop_signal:
                 raise KeyboardInterrupt
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, _):
         self.evaluating = False
         self.bar.close()
         with contextlib.suppress(OSError):  # already reported
@@ -712,14 +716,12 @@ class Run:
             sys.exit(128 + (self.stop_signal or signal.SIGINT))
         if kind is SystemExit and isinstance(error.code, str):
             error.code = f"{error.code}; {ended}"
-        full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
-        cause = error
-        while cause:  # torch.save and moviepy hide the disk's error behind their own
-            if isinstance(cause, OSError) and any(text in str(cause) for text in full):
-                sys.exit(f"error: {str(cause).splitlines()[0]}; {ended}")
-            cause = cause.__context__
         if isinstance(error, Exception):
             error.add_note(f"This run {ended}")
+            shown = "".join(traceback.format_exception(error))  # of torch's or moviepy's, it may be the cause
+            for number in errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS:
+                if os.strerror(number) in shown:
+                    sys.exit(f"error: {self.dir}: {os.strerror(number)}; {ended}")
 
     def log(self, scalars: dict):
         """Scalars by tag; one that is not finite ends the run."""
@@ -727,14 +729,16 @@ class Run:
             if np.ndim(value):
                 raise ValueError(f"{tag} must be a scalar, but its shape is {tuple(value.shape)}")
         scalars = {tag: float(value) for tag, value in scalars.items()}
-        if not np.isfinite(list(scalars.values())).all():
+        if not np.isfinite([*scalars.values()]).all():
             sys.exit(f"error: not finite: {scalars}; lower the learning rate, or look for huge rewards")
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, self.global_step)
 
-    def log_episode(self, episode: dict):
-        self.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
-        self.bar.set_postfix_str(f"return={float(episode['r']):.1f}", refresh=False)
+    def log_episode(self):
+        episodic_return = self.env.get_wrapper_attr("episode_returns")  # the environment's own, whatever wrappers do
+        length = self.env.get_wrapper_attr("episode_lengths")
+        self.log({"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        self.bar.set_postfix_str(f"return={episodic_return:.1f}", refresh=False)
 
     def evaluate(self, envs: list[gym.Env], first_start: int = 0):
         """What `evaluate` returns; whatever it does, it leaves the random generators as they were."""
@@ -790,10 +794,9 @@ class Run:
         save(self.dir / "result.json", json.dumps(result, indent=2))
         if not self.args.keep_checkpoint:
             (self.dir / "checkpoint.pt").unlink(missing_ok=True)
-        line = f"complete after {self.global_step:,} steps in {tqdm.format_interval(seconds)}"
-        if last:
-            line += f"; final return {np.mean(last):.1f}, the mean of {len(last)} evaluation{'s' * (len(last) > 1)}"
-        tqdm.write(line)
+        score = f"; final return {np.mean(last):.1f}, the mean of {len(last)} evaluation" if last else ""
+        plural = "s" if len(last) > 1 else ""
+        tqdm.write(f"complete after {self.global_step:,} steps in {tqdm.format_interval(seconds)}{score}{plural}")
 
 
 def evaluate_run(args: Args):
@@ -802,14 +805,16 @@ def evaluate_run(args: Args):
     envs = [make_env(args, render=args.capture_video) for _ in range(args.eval_episodes)]
     agent = DDPG(args, envs[0].observation_space, envs[0].action_space, device)
     model = load_model(agent, args.evaluate)
-    if (model["env_id"], model["args"].get("env_kwargs", "{}")) != (args.env_id, args.env_kwargs):
-        tqdm.write(f"note: trained in another environment: {model['env_id']} {model['args'].get('env_kwargs', '{}')}")
+    trained_in = model["env_id"], model["args"].get("env_kwargs", "{}")
+    if trained_in != (args.env_id, args.env_kwargs):
+        tqdm.write(f"note: trained in another environment: {' '.join(trained_in)}")
     if args.capture_video:
         envs = [film(env, Path(args.evaluate), f"start-{i}") for i, env in enumerate(envs)]
     returns, *_ = evaluate(agent, envs)
     for env in envs:
         env.close()  # which writes its film
-    score = f"{returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episode{'s' * (len(returns) > 1)}"
+    episodes = f"{len(returns)} episode{'s' if len(returns) > 1 else ''}"
+    score = f"{returns.mean():.2f} ± {returns.std():.2f} over {episodes}"
     print(f"{args.env_id} after {model['global_step']:,} steps: {score}")
 
 
@@ -823,12 +828,10 @@ def parse_args() -> Args:
     @registry.primitive_rule
     def integers(info):
         def parsed(words):  # 1e6 is an integer; 1.5 is left for set_up to refuse
-            number = float(words[0])
-            return int(number) if number.is_integer() else number
+            return int(float(words[0])) if float(words[0]).is_integer() else float(words[0])
 
         spec = tyro.constructors.PrimitiveConstructorSpec
-        integer = spec(1, "INT", parsed, lambda n: isinstance(n, int), lambda n: [str(n)])
-        return integer if info.type is int else None
+        return spec(1, "INT", parsed, lambda n: isinstance(n, int), lambda n: [str(n)]) if info.type is int else None
 
     args = tyro.cli(Args, registry=registry)
     exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate cannot be combined")
@@ -874,14 +877,7 @@ def set_up(args: Args) -> torch.device:
         exit_unless(value in choices, f"{flag} must be one of {choices}, not {value}")
         exit_unless(field.name not in POSITIVE or 0 < value < np.inf, f"{flag} must be positive, not {value}")
         exit_unless(field.name not in NOT_NEGATIVE or 0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
-    exit_unless(0 <= args.gamma <= 1, f"--gamma must be in [0, 1], not {args.gamma}")
-    exit_unless(0 < args.tau <= 1, f"--tau must be in (0, 1], not {args.tau}")
-    # Flags of one of the two scripts
-    momentum, n_step = getattr(args, "batch_norm_momentum", 0), getattr(args, "n_step", 1)
-    exit_unless(0 <= momentum <= 1, f"--batch-norm-momentum must be in [0, 1], not {momentum}")
-    still = getattr(args, "noise", "") == "parameter" and args.exploration_noise == 0
-    exit_unless(not still, "--noise parameter starts from --exploration-noise, which must be positive")
-    exit_unless(n_step <= args.learning_starts + 1, "--learning-starts must be at least --n-step - 1")
+        exit_unless(field.name not in UP_TO_ONE or 0 <= value <= 1, f"{flag} must be in [0, 1], not {value}")
     try:
         env_kwargs = json.loads(args.env_kwargs)
     except ValueError:
@@ -891,6 +887,10 @@ def set_up(args: Args) -> torch.device:
     exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = f"--learning-starts {args.learning_starts:,} must be below --total-timesteps {args.total_timesteps:,}"
     exit_unless(args.learning_starts < args.total_timesteps, learns)
+    n_step = getattr(args, "n_step", 1)  # as the next flag, of the tuned script alone
+    exit_unless(n_step <= args.learning_starts + 1, "--learning-starts must be at least --n-step - 1")
+    still = getattr(args, "noise", "") == "parameter" and args.exploration_noise == 0
+    exit_unless(not still, "--noise parameter starts from --exploration-noise, which must be positive")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if not args.evaluate:
         exit_unless(device.type == "cuda" or not args.cudagraphs, "--cudagraphs needs a CUDA device")
@@ -909,29 +909,19 @@ def set_up(args: Args) -> torch.device:
     return device
 
 
-class OwnReward(gym.Wrapper):
-    """Next to the environment, within all wrappers: checks and adds up what the environment itself pays."""
-
-    paid = 0.0
-
-    def step(self, action):
-        if not np.isfinite(action).all():
-            sys.exit("error: the actor's action is not finite: lower the learning rate")
-        space = self.env.action_space  # float32 may miss its bounds by a hair; and the environment gets a copy
-        within = np.minimum(np.maximum(action, space.low), space.high)
-        obs, reward, terminated, truncated, info = self.env.step(within)
-        if np.ndim(reward) or not np.isfinite(reward):
-            sys.exit(f"error: the environment returned a reward of {reward}")
-        self.paid += float(reward)
-        return obs, float(reward), terminated, truncated, info
-
-    def take_own_reward(self) -> float:
-        """What the environment has paid since this was last called: a wrapper may take several steps."""
-        paid, self.paid = self.paid, 0.0
-        return paid
+def checked_action(action, space: gym.spaces.Box):
+    if not np.isfinite(action).all():
+        sys.exit("error: the actor's action is not finite: lower the learning rate")
+    return np.clip(action, space.low, space.high)  # a copy, since some environments change it; rounding may overstep
 
 
-def checked(obs):
+def checked_reward(reward) -> float:
+    if np.ndim(reward) or not np.isfinite(reward):
+        sys.exit(f"error: the environment returned a reward of {reward}")
+    return float(reward)
+
+
+def checked_obs(obs):
     if not np.isfinite(obs).all():
         sys.exit(f"error: the environment returned an observation that is not finite: {obs}")
     return np.array(obs)  # a copy: some environments hand out the same array every time
@@ -950,7 +940,11 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
 
         mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else tqdm.write(text, sys.stderr))
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render or pixels else {})
-        env = wrap(OwnReward(gym.make(env_id, **kwargs)), args)
+        env = gym.make(env_id, **kwargs)
+        action = env.action_space
+        env = gym.wrappers.TransformAction(env, partial(checked_action, space=action), action)
+        env = gym.wrappers.TransformReward(env, checked_reward)
+        env = wrap(gym.wrappers.RecordEpisodeStatistics(env), args)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         chosen = {"camera_id", "camera_name", "default_camera_config"} & env.spec.kwargs.keys()
         if renderer and not chosen and not pixels:  # film with the camera that follows the robot, if there is one
@@ -964,11 +958,10 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
         remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri"
         exit_unless(False, f"cannot make {env_id}: {cause}{remedy if render or pixels else ''}")
     random_states(restore=states)
-    obs, action = env.observation_space, env.action_space
+    obs = env.observation_space
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and len(action.shape) == 1
     exit_unless(continuous, f"DDPG needs a continuous action space, a flat Box of floats: {env_id} has {action}")
-    low, high = np.float32(action.low), np.float32(action.high)
-    usable = (low < high).all() and np.abs([low, high]).max() < 1e38
+    usable = (action.low < action.high).all() and np.abs([action.low, action.high]).max() < 1e38
     exit_unless(usable, f"DDPG needs an action space with finite bounds that differ: {env_id} has {action}")
     box = isinstance(obs, gym.spaces.Box)
     images = box and len(obs.shape) > 1 and (obs.dtype == np.uint8 or (obs.low.min(), obs.high.max()) == (0, 255))
@@ -976,8 +969,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     exit_unless(obs.is_np_flattenable, f"Gymnasium cannot make the observations flat: {env_id} has {obs}")
     if not images and not (box and len(obs.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.TransformObservation(env, checked, env.observation_space)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.TransformObservation(env, checked_obs, env.observation_space)
 
 
 def film(env: gym.Env, run_dir: Path, name: str) -> gym.Env:
@@ -1013,36 +1005,29 @@ def load_model(agent: DDPG, run_dir: str) -> dict:
     path, bounds = Path(run_dir, "model.pt"), torch.cat([agent.actor.action_low, agent.actor.action_high])
     model = load(path)
     try:
-        names = [name for name in agent.state_dict() if not re.fullmatch(TRAINING_ONLY, name)]
-        set_attributes(agent, {name: model[name] for name in names})
+        state = {name: model[name] for name in agent.state_dict() if not re.fullmatch(TRAINING_ONLY, name)}
+        state |= {f"target_{name}": state[name] for name in state if hasattr(agent, f"target_{name}")}
+        agent.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         exit_unless(False, f"{path} does not fit this environment and these flags: {error}")
     same = bounds.equal(torch.cat([agent.actor.action_low, agent.actor.action_high]))
     exit_unless(same, f"{path} is for other action bounds")
-    for name, target in vars(agent).items():
-        if name.startswith("target_") and isinstance(target, nn.Module):
-            target.load_state_dict(getattr(agent, name.removeprefix("target_")).state_dict())
     return model
 
 
-def attributes(part) -> dict:
+def attributes(part, but=()) -> dict:
     """What a checkpoint keeps of an object: its attributes, those with a state_dict() by that."""
-    own = {name: value for name, value in vars(part).items() if not isinstance(part, DDPG) or name not in MADE_ANEW}
+    own = {name: value for name, value in vars(part).items() if name not in but}
     return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in own.items()}
 
 
-@torch.no_grad()
 def set_attributes(part, state: dict):
     for name, value in copy.deepcopy(state).items():  # a copy: what was loaded is mapped from its file
         own = getattr(part, name, None)
         if hasattr(own, "load_state_dict"):
             own.load_state_dict(value)
-        elif (
-            isinstance(own, torch.Tensor)
-            and isinstance(value, torch.Tensor)
-            and (own.shape, own.dtype) == (value.shape, value.dtype)
-        ):
-            own.copy_(value)  # on its own device
+        elif isinstance(own, torch.Tensor) and isinstance(value, torch.Tensor):
+            own.data = value.to(own.device)
         else:
             setattr(part, name, value)
 
@@ -1057,29 +1042,30 @@ def provenance(device: torch.device) -> dict:
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     code = dict(script=SCRIPT, commit=commit, sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-    packages = "torch", "gymnasium", "mujoco", "numpy"
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    versions["python"] = platform.python_version()
     hardware = dict(platform=platform.platform(), cpus=os.cpu_count(), threads=torch.get_num_threads())
     hardware["gpu"] = torch.cuda.get_device_name() if device.type == "cuda" else None
     return code | dict(id=os.urandom(4).hex(), defaults=plain(Args()), versions=versions, hardware=hardware)
 
 
 def random_states(env: gym.Env | None = None, restore: dict | None = None) -> dict:
-    """Sets the global random generators, and the environment's, as in `restore`, if given; returns plain values."""
+    """The random generators' states, the environment's own too, as plain values; sets those in `restore` before."""
     own = dict(env=getattr(env.unwrapped, "np_random", None), action=env.action_space.np_random) if env else {}
     own = {name: rng.bit_generator for name, rng in own.items() if isinstance(rng, np.random.Generator)}
     if restore:
         torch.set_rng_state(restore["torch"])
         torch.cuda.set_rng_state_all(restore["cuda"])
         random.setstate(restore["python"])
-        np.random.set_state(json.loads(restore["numpy"]))
-        for name, state in json.loads(restore["own"]).items():
-            if name in own and own[name].state["bit_generator"] == state["bit_generator"]:
-                own[name].state = state
-    numpy, own = np.random.get_state(legacy=False), {name: rng.state for name, rng in own.items()}
-    states = {name: json.dumps(state, default=np.ndarray.tolist) for name, state in (("numpy", numpy), ("own", own))}
+        numpy, states = json.loads(restore["numpy"])
+        np.random.set_state(numpy)
+        for name in own.keys() & states.keys():
+            if own[name].state["bit_generator"] == states[name]["bit_generator"]:
+                own[name].state = states[name]
+    numpy = np.random.get_state(legacy=False), {name: rng.state for name, rng in own.items()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return states | dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
+    states = dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
+    return states | dict(numpy=json.dumps(numpy, default=np.ndarray.tolist))
 
 
 def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Tensor:
@@ -1094,11 +1080,6 @@ def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Te
     sizes = f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
     exit_unless(needed < free, f"the replay buffer needs {sizes}: lower --buffer-size")
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def grad_norm(network: nn.Module) -> torch.Tensor:
-    """Of the gradients that the network's last update left behind."""
-    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def accelerated(agent: DDPG, learn):
@@ -1116,27 +1097,26 @@ def accelerated(agent: DDPG, learn):
 
 
 def compiled(learn, agent: DDPG):
-    """`learn` as one graph, with backward and Adam in it, once the optimisers have their state."""
-    torch._dynamo.config.trace_autograd_ops = True
-    torch._inductor.config.fallback_random = True  # torch's own random numbers
-    graph = torch.compile(learn, fullgraph=True, options={"cpp_wrapper": agent.device.type == "cpu"})
-    modules = [value for value in vars(agent).values() if isinstance(value, nn.Module)]
-    optimizers = [value for value in vars(agent).values() if isinstance(value, torch.optim.Adam)]
-    networks = {}  # that each of them trains
-    for optimizer in optimizers:
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        networks[optimizer] = [each for each in modules if trained & set(map(id, each.parameters()))]
+    """`learn` as one graph, with backward and Adam in it."""
     try:
         torch.compile(torch.sin)(torch.zeros(9, device=agent.device))
     except Exception as error:  # of many kinds
         exit_unless(False, f"--compile needs a C++ compiler, such as g++: {str(error).splitlines()[0]}")
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._inductor.config.fallback_random = True  # torch's own random numbers
+    graph = torch.compile(learn, fullgraph=True, options={"cpp_wrapper": agent.device.type == "cpu"})
+    networks = [value for value in vars(agent).values() if isinstance(value, nn.Module)]
+    for optimizer in vars(agent).values():
+        if type(optimizer) is torch.optim.Adam:  # its methods cannot be traced, nor can making its state
+            parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            for parameter in parameters:
+                state = dict(step=torch.zeros((), device=agent.device))
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = state
+            trained = [network for network in networks if parameters & {*network.parameters()}]
+            optimizer.zero_grad, optimizer.step = partial(zero_grad, trained), partial(adam_step, optimizer)
 
     def learn_compiled(update_actor):
-        if not all(optimizer.state for optimizer in optimizers):
-            return learn(update_actor)
-        for optimizer in optimizers:  # torch.optim's own methods cannot be traced
-            vars(optimizer).setdefault("step", partial(adam_step, optimizer))
-            vars(optimizer).setdefault("zero_grad", partial(zero_grad, networks[optimizer]))
         try:
             return graph(update_actor)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -1157,9 +1137,7 @@ def adam_step(optimizer: torch.optim.Adam):
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
-            state, gradient = optimizer.state[parameter], parameter.grad
-            if group["weight_decay"]:
-                gradient = gradient + group["weight_decay"] * parameter
+            state, gradient = optimizer.state[parameter], parameter.grad + group["weight_decay"] * parameter
             state["step"].add_(1)
             state["exp_avg"].lerp_(gradient, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

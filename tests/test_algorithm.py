@@ -525,7 +525,8 @@ def evaluate_countdowns(script, lengths, max_steps):
     """What evaluate returns, and the environments; a wrapper turns the sign of each reward."""
     args = SimpleNamespace(seed=2, gamma=0.5, max_eval_steps=max_steps)
     follower = SimpleNamespace(actor=Follow(), qf=Follow(), device=CPU, args=args)
-    envs = [gym.wrappers.TransformReward(script.OwnReward(Countdown(n)), lambda reward: -reward) for n in lengths]
+    envs = [gym.wrappers.RecordEpisodeStatistics(Countdown(n)) for n in lengths]
+    envs = [gym.wrappers.TransformReward(env, lambda reward: -reward) for env in envs]
     return script.evaluate(follower, envs, first_start=30), [env.unwrapped for env in envs]
 
 

@@ -34,9 +34,10 @@ def test_a_compiled_update_follows_the_eager_one(case):
         _, learn = script.accelerated(learner, learn)
         losses.append([learn(step % 5 != 4)[0] for step in range(11)][-1])
         agents.append(learner)
+    rounding = 2e-5 if script is tuned else 2e-4  # the paper's first gradients are as small as Adam's epsilon
     for name in "actor", "qf", "target_actor", "target_qf":
         eager, compiled = (felt_weights(getattr(each, name)) for each in agents)
-        assert (eager - compiled).abs().max() < 2e-5 * eager.abs().max(), name
+        assert (eager - compiled).abs().max() < rounding * eager.abs().max(), name
     for tag, value in losses[0].items():
         assert float(losses[1][tag]) == pytest.approx(float(value), rel=1e-3), tag
     for optimizer, updates in ("actor_optimizer", 9), ("qf_optimizer", 11):

@@ -342,7 +342,8 @@ def test_frames_repeat_and_episode_ends(size):
 
 
 def test_an_environment_that_changes_its_action_gets_the_same_one_three_times():
-    env = paper.PixelObservation(paper.OwnReward(stubs.InPlace("rgb_array")))
+    env = stubs.InPlace("rgb_array")
+    env = paper.PixelObservation(gym.wrappers.TransformAction(env, np.copy, env.action_space))
     action = np.array([0.1, 0.2], np.float32)
     env.reset()
     env.step(action)
