@@ -11,7 +11,7 @@
 All that the paper states is here: networks, initial weights (section 7), batch normalisation from states (section 3),
 pixels (section 4), Adam, L2, batch, gamma, tau, replay buffer and noise (section 7). What differs: 1M steps of
 training, not up to 2.5M; a terminal state has no value, where Algorithm 1 would bootstrap; Q sees actions rescaled to
-[-1, 1], and 1 of the noise is half the action range, so that an environment's units do not matter.
+[-1, 1], and noise is in halves of the action range, so that an environment's units do not matter.
 
 | where the paper is silent | here                          | because                                                 |
 |---------------------------|-------------------------------|---------------------------------------------------------|
@@ -19,8 +19,8 @@ training, not up to 2.5M; a terminal state has no value, where Algorithm 1 would
 | Q in the actor's loss     | the batch's own statistics    | running averages are for exploring and evaluating       |
 | running averages          | momentum 0.001                | HalfCheetah-v5 1,608; with torch's 0.1, 784             |
 | where to normalise        | before ReLU, not the output   | as its inventors do; the output is to start near zero   |
-| OU time step              | 1: forgets in 6 steps         | 790 on InvertedPendulum-v5; with 0.01, 859: level       |
-| warm-up                   | 1,000 random steps            | 790 there; with 64 steps 1,000, with 10,000 607         |
+| OU time step              | 1: forgets in 6 steps         | InvertedPendulum-v5 790; with 0.01, 859: level          |
+| warm-up                   | 1,000 random steps            | not tuned: 790 there; with 64 steps, 1,000              |
 | L2: of what, which factor | weights; gradient of c/2 w^2  | rllab and OpenAI Baselines spare biases too             |
 | fan-in at the action      | counts the action             | it is an input like the others                          |
 | pixels: kernel; action    | 3 x 3, stride 2; at layer two | 471,000 weights, near the paper's 430,000; as above     |
@@ -32,7 +32,7 @@ The returns, each seed and what is undecided are in RESULTS.md.
 | initialise critic Q(s, a), actor mu(s) and their targets Q' and mu'    | DDPG.__init__          |
 | initialise the replay buffer R                                         | ReplayBuffer.__init__  |
 | initialise a random process N, receive the first observation s_1       | main; agent.noise      |
-| select the action a_t = mu(s_t) + N_t                                  | DDPG.explore           |
+| select the action a_t = mu(s_t) + N_t                                  | DDPG.act; DDPG.explore |
 | execute a_t, observe the reward r_t and the next observation s_t+1     | main                   |
 | store the transition (s_t, a_t, r_t, s_t+1) in R                       | ReplayBuffer.add       |
 | sample a random minibatch of N transitions from R                      | ReplayBuffer.sample    |
@@ -90,7 +90,9 @@ class Args:
     torch_deterministic: bool = True  # restrict cuDNN to deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = False  # on a GPU, replay acting and the whole update as CUDA graphs
-    compile: bool = False  # compile the whole update as one graph: takes up to a minute and, on a CPU, a C++ compiler
+    compile: bool = (
+        False  # compile the update as one graph: faster after up to a minute; on a CPU it takes a C++ compiler
+    )
     num_threads: int = 0  # CPU threads; 0 leaves torch's own choice, 1 is best for several runs on one machine
     matmul: Literal["auto", "mkl", "onednn"] = "auto"  # an update's matrix products on a CPU; auto: oneDNN on Zen 5
     track: bool = False  # mirror the TensorBoard log to Weights & Biases
@@ -106,7 +108,7 @@ class Args:
     eval_interval: int = 5_000  # steps between evaluations, which are without exploration noise; 0 = none
     eval_episodes: int = 10  # episodes per evaluation
     final_eval_episodes: int = 100  # episodes of one last evaluation at the end, from starts not used before; 0 = none
-    max_eval_steps: int = 100_000  # most steps of an evaluation episode, should episodes never end
+    max_eval_steps: int = 100_000  # an evaluation episode that has not ended by then is cut
     capture_video: bool = False  # film the first episode of each evaluation, with --evaluate every episode
     evaluate: str | None = None  # folder of a run whose model.pt to evaluate instead of training
 
@@ -143,7 +145,7 @@ def init_weights(network: nn.Module, output: nn.Linear, weights_init: str):
     """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            bound = layer.weight[0].numel() ** -0.5
+            bound = layer.weight[0].numel() ** -0.5  # the fan-in: inputs, times the kernel's area
             if layer is output:
                 bound = 3e-4 if isinstance(network.input, Convolutions) else 3e-3
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -218,7 +220,7 @@ class Batch(NamedTuple):
     action: torch.Tensor  # (N, action_dim)
     reward: torch.Tensor  # (N,)
     next_obs: torch.Tensor  # (N, *obs_shape)
-    discount: torch.Tensor  # (N,), of Q'(next_obs): gamma, or 0 after a terminal state; a time limit is not one
+    discount: torch.Tensor  # (N,), of Q'(next_obs): gamma, or 0 if that is terminal, which a time limit is not
 
 
 class ReplayBuffer:
@@ -237,14 +239,14 @@ class ReplayBuffer:
         self.size.fill_(min(self.added, len(self.rows)))
 
     def sample(self, batch_size: int) -> Batch:
-        """Transitions drawn uniformly, with replacement: not by randint, whose bound a CUDA graph would freeze."""
-        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)
+        """Uniformly, with replacement. Not by randint: a CUDA graph would repeat the bound it was recorded with."""
+        uniform = torch.rand(batch_size, dtype=torch.float64, device=self.rows.device)  # float32 ends at 2^24 rows
         indices = (uniform * self.size).long()
         obs, action, reward, next_obs, discount = self.rows.index_select(0, indices).split(self.sizes, 1)
         return Batch(obs, action, reward.squeeze(1), next_obs, discount.squeeze(1))
 
     def state_dict(self):
-        # Only the filled rows: of a slice of torch's own, torch.save would write all of the memory behind it
+        # Only the filled rows, through NumPy: of a slice, torch.save would write all of the memory behind it
         return attributes(self) | {"rows": torch.from_numpy(self.rows[: self.added].cpu().numpy())}
 
     def load_state_dict(self, state):
@@ -293,7 +295,7 @@ class PixelReplayBuffer(ReplayBuffer):
 
 
 class OrnsteinUhlenbeckNoise(nn.Module):
-    """Exploration noise, 0 at first: x <- x - theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7)."""
+    """Exploration noise, from 0 in each episode: x += -theta x dt + sigma sqrt(dt) N(0, 1), times scale (section 7)."""
 
     def __init__(self, scale: torch.Tensor, theta: float, sigma: float, dt: float):
         super().__init__()
@@ -337,7 +339,9 @@ class DDPG:
         self.qf_optimizer = torch.optim.Adam(groups, args.critic_lr, **adam)
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
         self.args, self.device = args, device
-        self.obs = torch.zeros(1, *obs_space.shape, device=device)  # what act acts on: one place, for CUDA graphs
+        self.obs = torch.zeros(
+            1, *obs_space.shape, device=device
+        )  # what explore reads: always the same memory, for CUDA graphs
         # Made once: collecting them anew takes 1 % of an update
         self.actor_parameters = [*self.actor.parameters()]
         self.parameters = [*self.actor_parameters, *self.qf.parameters()]
@@ -355,10 +359,10 @@ class DDPG:
         return self.actor.clip(self.actor(self.obs) + self.noise.sample())
 
     def critic_loss(self, batch: Batch):
-        """The mean of (y - Q(s, a))^2, equation 4, and the values Q(s, a)."""
+        """The mean of (y - Q(s, a))^2, equation 4; and the values Q(s, a), for the log."""
         with torch.no_grad():
             next_q = self.target_qf(batch.next_obs, self.target_actor(batch.next_obs))
-            y = batch.reward + batch.discount * next_q  # equation 5, by the targets; no value after a terminal state
+            y = batch.reward + batch.discount * next_q  # equation 5, with both targets; 0 * Q' after a terminal state
         q = self.qf(batch.obs, batch.action)
         return F.mse_loss(q, y), q
 
@@ -372,10 +376,10 @@ class DDPG:
     def update_targets(self):
         """theta' <- tau theta + (1 - tau) theta', for both targets."""
         move_average = get_ema_multi_avg_fn(decay=1 - self.args.tau)
-        move_average(self.target_parameters, self.parameters, None)
+        move_average(self.target_parameters, self.parameters, None)  # which ignores its third argument
 
     def update(self, batch: Batch, update_actor: bool = True):
-        """One update of Algorithm 1: the critic, then, unless update_actor is off, the actor and both targets.
+        """One update of Algorithm 1: the critic, then, if update_actor, the actor and both targets.
 
         Here the networks normalise by the batch's own statistics; everywhere else, by their running averages. Q's move
         twice in an update: in its own loss and in the actor's.
@@ -391,11 +395,11 @@ class DDPG:
         if update_actor:
             self.actor_optimizer.zero_grad()
             actor_loss = self.actor_loss(batch.obs)
-            actor_loss.backward(inputs=self.actor_parameters)  # Q's descend their own loss alone
+            actor_loss.backward(inputs=self.actor_parameters)  # Q's gradients stay those of its own loss
             self.actor_optimizer.step()
             losses["losses/actor_loss"] = actor_loss.detach()
             self.update_targets()
-        self.actor.eval()
+        self.actor.eval()  # to act with; evaluate sets the critic's mode itself
         return losses
 
     @torch.no_grad()
@@ -403,7 +407,7 @@ class DDPG:
         """Logged beside the losses, after an update: at every step it would cost time."""
         unscaled = (self.actor(batch.obs) - self.actor.action_bias) / self.actor.action_scale
         return {
-            "losses/qf1_grad_norm": nn.utils.clip_grad_norm_(self.qf.parameters(), torch.inf),
+            "losses/qf1_grad_norm": nn.utils.clip_grad_norm_(self.qf.parameters(), torch.inf),  # which clips nothing
             "losses/actor_grad_norm": nn.utils.clip_grad_norm_(self.actor.parameters(), torch.inf),
             "charts/saturated_actions": (unscaled.abs() > 0.99).float().mean(),
             "charts/exploration_difference": (self.action - self.actor(self.obs)).abs().mean(),
@@ -446,9 +450,9 @@ class PixelObservation(gym.Wrapper):
 
 
 def wrap(env: gym.Env, args: Args) -> gym.Env:
-    """The place for your wrappers, in training and evaluation alike. A state that one keeps is in no checkpoint."""
-    if args.pixels:
-        return gym.wrappers.RecordEpisodeStatistics(PixelObservation(env), stats_key="of three frames a step")
+    """Add wrappers here: training and evaluation use them alike. What state they keep is in no checkpoint."""
+    if args.pixels:  # scored and counted in its steps; the key "episode" is taken
+        return gym.wrappers.RecordEpisodeStatistics(PixelObservation(env), stats_key="episode of frames")
     return env
 
 
@@ -456,11 +460,12 @@ def wrap(env: gym.Env, args: Args) -> gym.Env:
 def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
     """One episode without exploration noise in each environment, all stepped together.
 
-    Returns three arrays (N,): the environment's own return, the discounted return, and the critic's estimate of that.
+    Returns three arrays (N,): the environment's own return, the discounted return of what is learnt from, and the
+    critic's estimate of that.
     """
     training = agent.actor.training, agent.qf.training
     agent.actor.eval(), agent.qf.eval()
-    seed = 10_000 * (agent.args.seed + 1) % (2**32 - 10_000) + first_start  # a run's own, below 2**32
+    seed = 10_000 * (agent.args.seed + 1) % (2**32 - 10_000) + first_start  # 10,000 starts of its own, below 2**32
     obs = np.array([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], dtype=np.float32)
     discounted, running = np.zeros(len(envs)), set(range(len(envs)))
     for step in range(agent.args.max_eval_steps):
@@ -481,7 +486,7 @@ def evaluate(agent: DDPG, envs: list[gym.Env], first_start: int = 0):
     if running:
         tqdm.write(f"warning: {len(running)} evaluation episodes cut at --max-eval-steps", sys.stderr)
     agent.actor.train(training[0]), agent.qf.train(training[1])
-    returns = np.array([env.get_wrapper_attr("episode_returns") for env in envs])  # whatever wrappers made of rewards
+    returns = np.array([env.get_wrapper_attr("episode_returns") for env in envs])  # inside wrap()
     return returns, discounted, q_estimates
 
 
@@ -504,7 +509,7 @@ def main(args: Args):
         batch = buffer.sample(args.batch_size)
         return agent.update(batch, update_actor), batch
 
-    agent.explore, learn = accelerated(agent, learn)  # --compile, --matmul, --cudagraphs
+    agent.explore, learn = accelerated(agent, learn)  # the same but faster: --compile, --matmul onednn, --cudagraphs
 
     with Run(args, device, env, agent, buffer) as run:  # --resume and --warm-start load into agent and buffer
         episode_over = True
@@ -534,7 +539,7 @@ def main(args: Args):
             saving = episode_over and run.checkpoint_due()
             if learning and (global_step % 200 == 0 or evaluating or saving or last_step):
                 speed = {"charts/SPS": global_step / (time.time() - run.start_time)}
-                run.log(losses | agent.diagnostics(batch) | speed)  # first: one that is not finite ends the run
+                run.log(losses | agent.diagnostics(batch) | speed)  # before saving: a NaN ends the run
             if evaluating:
                 run.add_evaluation()  # a row in eval.csv, and model.pt
             if saving:
@@ -545,18 +550,19 @@ def main(args: Args):
 # From here on: the plumbing, word for word the same in both scripts. DDPG can be understood without it.
 
 CHECKPOINT_FORMAT = 4  # raised when the contents change: an older checkpoint is refused
-TRAINING_ONLY = "target_.*|.*_optimizer|noise"  # attributes of the agent that model.pt leaves out
+TRAINING_ONLY = "target_.*|.*_optimizer|noise"  # pattern: attributes of the agent that model.pt leaves out
 # Environments whose reset sets the whole state, and wrappers that keep none from episode to episode
 EXACT = "gymnasium.envs.mujoco", "gymnasium.envs.classic_control", "gymnasium.wrappers.common"
 EXACT += "gymnasium.wrappers.transform_", f"{__name__}.PixelObservation"
-# What is true of flags' values
+# Ranges of both scripts' flags
 POSITIVE = """total_timesteps buffer_size batch_size policy_frequency eval_episodes max_eval_steps n_step
     learning_rate actor_lr critic_lr tau""".split()
 NOT_NEGATIVE = """seed num_threads checkpoint_interval eval_interval final_eval_episodes learning_starts ou_theta ou_dt
     ou_sigma exploration_noise exploration_noise_final noise_anneal_steps target_noise target_noise_clip
     critic_weight_decay""".split()
 UP_TO_ONE = "gamma tau batch_norm_momentum".split()
-os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # no bf16, for --matmul onednn; read at a process's first product
+# For --matmul onednn, which must not round to bf16; oneDNN reads it at the process's first product
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
 
 
 class Run:
@@ -584,7 +590,7 @@ class Run:
         exit_unless(found == CHECKPOINT_FORMAT, f"{path} cannot be read by this version: its format is {found}")
         for name, value in plain(self.args).items():
             kept = name in ("resume", "total_timesteps") or saved.get(name, value) == value
-            exit_unless(kept, f"--resume keeps the run's own flags (args_of has them): its {name} is {saved.get(name)}")
+            exit_unless(kept, f"--resume keeps the run's own flags (see args_of): its {name} is {saved.get(name)}")
         raised = self.args.total_timesteps - record["args"]["total_timesteps"]
         exit_unless(raised >= 0, "--total-timesteps can only be raised")
         complete = (self.dir / "result.json").exists() and not (raised and path.exists())
@@ -605,14 +611,15 @@ class Run:
             for name, value in part.state_dict().items():
                 try:
                     torch.save(value, file := io.BytesIO())
-                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+                    file.seek(0)
+                    torch.load(file, weights_only=True)
                 except Exception:  # pickle and torch raise many kinds
                     what = f"{name} of {type(part).__name__}, a {type(value).__name__}"
                     remedy = "make it a tensor or plain values, or give it state_dict and load_state_dict"
                     exit_unless(False, f"no checkpoint can hold {what}: {remedy}")
 
     def save_checkpoint(self):
-        """Between two episodes, when an environment has no state to save but its random generator."""
+        """At an episode's end: the next reset sets the environment's state, but for its random generator."""
         self.writer.flush()  # or a kill could lose rows from before the checkpoint
         checkpoint = dict(script=SCRIPT, format=CHECKPOINT_FORMAT, args=plain(self.args), eval_rows=self.eval_rows)
         checkpoint |= dict(global_step=self.global_step, seconds=time.time() - self.start_time)
@@ -625,7 +632,7 @@ class Run:
         return interval > 0 and self.global_step // interval > self.saved_step // interval
 
     def __enter__(self):
-        """Now that nothing else can fail, open what is written to."""
+        """Open what is written to, when all checks are done: a refused run leaves no folder."""
         self.lock = filelock.FileLock(self.dir / ".lock")
         self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
         try:
@@ -637,11 +644,12 @@ class Run:
                 names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
                 options = dict(id=self.record["id"], resume="allow", sync_tensorboard=True, config=asdict(self.args))
                 wandb.init(**names, **options)
-            self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
+            self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hide rows that come again
             (self.dir / "result.json").unlink(missing_ok=True)
             save(self.dir / "args.json", json.dumps(self.record | {"args": plain(self.args)}, indent=2))
         except BaseException as error:
             self.lock.release()
+            threading.excepthook = self.excepthook
             exit_unless(not isinstance(error, filelock.Timeout), f"{self.dir} is in use: a run is being trained there")
             exit_unless(not isinstance(error, OSError), f"cannot write to {self.dir}: {error}")
             raise
@@ -657,16 +665,16 @@ class Run:
         return self
 
     def say_what_is_run(self):
-        device, layers = self.agent.device, [self.env]
+        device, wrappers = self.agent.device, [self.env]
         where = f"on {device} with {torch.get_num_threads()} CPU threads"
         tqdm.write(f"{self.args.env_id} {where}; results in {self.dir}")
         memory = sum(x.nbytes for x in vars(self.buffer).values() if isinstance(x, torch.Tensor)) / 2**30
         tqdm.write(f"the replay buffer takes {memory:.2f} GiB when it is full")
-        while isinstance(layers[-1], gym.Wrapper):
-            layers.append(layers[-1].env)
-        if gym.wrappers.FlattenObservation in map(type, layers):
+        while isinstance(wrappers[-1], gym.Wrapper):
+            wrappers.append(wrappers[-1].env)
+        if gym.wrappers.FlattenObservation in map(type, wrappers):
             tqdm.write("note: Gymnasium's FlattenObservation makes the observations flat")
-        names = [f"{type(layer).__module__}.{type(layer).__name__}" for layer in layers]
+        names = [f"{type(wrapper).__module__}.{type(wrapper).__name__}" for wrapper in wrappers]
         inexact = [name.split(".")[-1] for name in names if not name.startswith(EXACT)]
         if inexact or device.type == "cuda":
             what = f"state of {', '.join(inexact)}" if inexact else "GPU's rounding"
@@ -682,7 +690,7 @@ class Run:
             raise KeyboardInterrupt
 
     def report_thread(self, error):
-        """An error of another thread, unless it is the log's, which comes back from the next call to the log."""
+        """Other threads' errors as usual; the log's writer raises its own again at our next call to it."""
         if type(error.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
             self.excepthook(error)
 
@@ -718,7 +726,7 @@ class Run:
             error.code = f"{error.code}; {ended}"
         if isinstance(error, Exception):
             error.add_note(f"This run {ended}")
-            shown = "".join(traceback.format_exception(error))  # of torch's or moviepy's, it may be the cause
+            shown = "".join(traceback.format_exception(error))  # a full disk may be behind torch's or moviepy's error
             for number in errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS:
                 if os.strerror(number) in shown:
                     sys.exit(f"error: {self.dir}: {os.strerror(number)}; {ended}")
@@ -782,7 +790,7 @@ class Run:
         episodes, at_once = self.args.final_eval_episodes, self.args.eval_episodes
         starts = range(0, episodes, at_once)
         final = [self.evaluate(self.eval_envs[: episodes - start], at_once + start)[0] for start in starts]
-        # The final return is the mean of the last 10 evaluations, of those after learning started
+        # The final return: the mean of the last 10 evaluations since learning started
         last = [row["mean"] for row in self.eval_rows if row["global_step"] > self.args.learning_starts][-10:]
         result = dict(global_step=self.global_step, final_return=float(np.mean(last)) if last else None)
         result |= dict(evaluations=len(self.eval_rows), final_eval=statistics(np.concatenate(final)) if final else None)
@@ -825,14 +833,12 @@ def parse_args() -> Args:
     exit_unless(not (one_rate and two_rates), "the paper has two learning rates: --actor-lr and --critic-lr")
     registry = tyro.constructors.ConstructorRegistry()
 
-    @registry.primitive_rule
-    def integers(info):
-        def parsed(words):  # 1e6 is an integer; 1.5 is left for set_up to refuse
-            return int(float(words[0])) if float(words[0]).is_integer() else float(words[0])
+    def parsed(words):  # 1e6 is an integer; 1.5 is left for set_up to refuse
+        return int(float(words[0])) if float(words[0]).is_integer() else float(words[0])
 
-        spec = tyro.constructors.PrimitiveConstructorSpec
-        return spec(1, "INT", parsed, lambda n: isinstance(n, int), lambda n: [str(n)]) if info.type is int else None
-
+    spec = tyro.constructors.PrimitiveConstructorSpec
+    integer = spec(1, "INT", parsed, lambda n: isinstance(n, int), lambda n: [str(n)])
+    registry.primitive_rule(lambda info: integer if info.type is int else None)
     args = tyro.cli(Args, registry=registry)
     exit_unless(not (args.resume and args.evaluate), "--resume and --evaluate cannot be combined")
     if run_dir := args.resume or args.evaluate:
@@ -855,12 +861,12 @@ def args_of(run_dir: str, evaluate: bool = False, **changes) -> Args:
 
 
 def plain(args: Args) -> dict:
-    """The flags as JSON gives them back: of new strings, since pickle writes the same one twice as a reference."""
+    """The flags as JSON gives them back: in new strings, since pickle writes a shared one differently."""
     return json.loads(json.dumps(asdict(args) | {"resume": None}))
 
 
 def exit_unless(condition, message: str):
-    """On bad input, print one line and exit with code 2."""
+    """On bad input, print one line and exit with code 2; a run that fails later exits with 1."""
     if not condition:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
@@ -878,19 +884,11 @@ def set_up(args: Args) -> torch.device:
         exit_unless(field.name not in POSITIVE or 0 < value < np.inf, f"{flag} must be positive, not {value}")
         exit_unless(field.name not in NOT_NEGATIVE or 0 <= value < np.inf, f"{flag} must be at least 0, not {value}")
         exit_unless(field.name not in UP_TO_ONE or 0 <= value <= 1, f"{flag} must be in [0, 1], not {value}")
-    try:
-        env_kwargs = json.loads(args.env_kwargs)
-    except ValueError:
-        env_kwargs = None
-    exit_unless(isinstance(env_kwargs, dict), f"--env-kwargs must be a JSON object, not {args.env_kwargs}")
     exit_unless(args.seed < 2**32, f"--seed must be below 2**32, not {args.seed}")
-    exit_unless(args.batch_size <= args.buffer_size, "--buffer-size must be at least --batch-size")
     learns = f"--learning-starts {args.learning_starts:,} must be below --total-timesteps {args.total_timesteps:,}"
     exit_unless(args.learning_starts < args.total_timesteps, learns)
-    n_step = getattr(args, "n_step", 1)  # as the next flag, of the tuned script alone
+    n_step = getattr(args, "n_step", 1)  # of the tuned script alone
     exit_unless(n_step <= args.learning_starts + 1, "--learning-starts must be at least --n-step - 1")
-    still = getattr(args, "noise", "") == "parameter" and args.exploration_noise == 0
-    exit_unless(not still, "--noise parameter starts from --exploration-noise, which must be positive")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if not args.evaluate:
         exit_unless(device.type == "cuda" or not args.cudagraphs, "--cudagraphs needs a CUDA device")
@@ -909,28 +907,18 @@ def set_up(args: Args) -> torch.device:
     return device
 
 
-def checked_action(action, space: gym.spaces.Box):
-    if not np.isfinite(action).all():
-        sys.exit("error: the actor's action is not finite: lower the learning rate")
-    return np.clip(action, space.low, space.high)  # a copy, since some environments change it; rounding may overstep
-
-
-def checked_reward(reward) -> float:
-    if np.ndim(reward) or not np.isfinite(reward):
-        sys.exit(f"error: the environment returned a reward of {reward}")
-    return float(reward)
-
-
-def checked_obs(obs):
-    if not np.isfinite(obs).all():
-        sys.exit(f"error: the environment returned an observation that is not finite: {obs}")
-    return np.array(obs)  # a copy: some environments hand out the same array every time
+def checked(what: str, shape: tuple[int, ...], numbers) -> np.ndarray:
+    """A copy: some environments change the action they are given, or hand out the same array every time."""
+    if np.shape(numbers) != shape or not np.isfinite(numbers).all():
+        shown = " ".join(str(numbers).split())
+        sys.exit(f"error: {what} must be finite and of shape {shape}, but is {shown}")
+    return np.array(numbers)
 
 
 def make_env(args: Args, render: bool = False) -> gym.Env:
     env_id, pixels = args.env_id, getattr(args, "pixels", False)
     states = random_states()  # an environment may draw numbers, or seed, as it is made
-    warnings.filterwarnings("ignore", module="glfw")  # what these have to say comes in the error too
+    warnings.filterwarnings("ignore", module="glfw")  # both warnings are in the error below, too
     warnings.filterwarnings("ignore", ".*not in the possible render_modes")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # render without a screen
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -942,21 +930,24 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
         kwargs = json.loads(args.env_kwargs) | ({"render_mode": "rgb_array"} if render or pixels else {})
         env = gym.make(env_id, **kwargs)
         action = env.action_space
-        env = gym.wrappers.TransformAction(env, partial(checked_action, space=action), action)
-        env = gym.wrappers.TransformReward(env, checked_reward)
+        env = gym.wrappers.TransformAction(  # float32 may miss the bounds by a hair
+            env, lambda x: np.clip(checked("the action", action.shape, x), action.low, action.high), action
+        )
+        env = gym.wrappers.TransformReward(env, lambda x: float(checked("the environment's reward", (), x)))
         env = wrap(gym.wrappers.RecordEpisodeStatistics(env), args)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         chosen = {"camera_id", "camera_name", "default_camera_config"} & env.spec.kwargs.keys()
         if renderer and not chosen and not pixels:  # film with the camera that follows the robot, if there is one
             renderer.camera_id = mujoco.mj_name2id(env.unwrapped.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         if "render_mode" in kwargs:
-            env.reset(seed=0)  # the first picture decides where MuJoCo's camera looks
+            env.reset(seed=0)  # at its first picture MuJoCo's camera takes its place for good
             env.render()
     except Exception as error:  # a missing GL, for one, shows in many ways
         place = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
         cause = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         remedy = "; without a screen: MUJOCO_GL=egl, and apt-get install libegl1 libgl1-mesa-dri"
-        exit_unless(False, f"cannot make {env_id}: {cause}{remedy if render or pixels else ''}")
+        remedy = remedy if render or pixels else ""
+        exit_unless(False, f"cannot make {env_id} with --env-kwargs {args.env_kwargs}: {cause}{remedy}")
     random_states(restore=states)
     obs = env.observation_space
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f" and len(action.shape) == 1
@@ -969,7 +960,8 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     exit_unless(obs.is_np_flattenable, f"Gymnasium cannot make the observations flat: {env_id} has {obs}")
     if not images and not (box and len(obs.shape) == 1):
         env = gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.TransformObservation(env, checked_obs, env.observation_space)
+    obs = env.observation_space
+    return gym.wrappers.TransformObservation(env, partial(checked, "the observation", obs.shape), obs)
 
 
 def film(env: gym.Env, run_dir: Path, name: str) -> gym.Env:
@@ -1001,7 +993,7 @@ def load(path: Path) -> dict:
 
 
 def load_model(agent: DDPG, run_dir: str) -> dict:
-    """A run's model.pt, which goes into the agent: into the targets too, or training on would begin with others."""
+    """Load a run's model.pt into the agent, its targets too: a warm start must not begin with random ones."""
     path, bounds = Path(run_dir, "model.pt"), torch.cat([agent.actor.action_low, agent.actor.action_high])
     model = load(path)
     try:
@@ -1016,7 +1008,7 @@ def load_model(agent: DDPG, run_dir: str) -> dict:
 
 
 def attributes(part, but=()) -> dict:
-    """What a checkpoint keeps of an object: its attributes, those with a state_dict() by that."""
+    """What a checkpoint keeps of an object: each attribute, or its state_dict() if it has one."""
     own = {name: value for name, value in vars(part).items() if name not in but}
     return {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in own.items()}
 
@@ -1050,12 +1042,13 @@ def provenance(device: torch.device) -> dict:
 
 
 def random_states(env: gym.Env | None = None, restore: dict | None = None) -> dict:
-    """The random generators' states, the environment's own too, as plain values; sets those in `restore` before."""
+    """The random generators' states as plain values, the environment's too; before, sets them as in `restore`."""
     own = dict(env=getattr(env.unwrapped, "np_random", None), action=env.action_space.np_random) if env else {}
     own = {name: rng.bit_generator for name, rng in own.items() if isinstance(rng, np.random.Generator)}
     if restore:
         torch.set_rng_state(restore["torch"])
-        torch.cuda.set_rng_state_all(restore["cuda"])
+        if restore["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(restore["cuda"])
         random.setstate(restore["python"])
         numpy, states = json.loads(restore["numpy"])
         np.random.set_state(numpy)
@@ -1063,7 +1056,7 @@ def random_states(env: gym.Env | None = None, restore: dict | None = None) -> di
             if own[name].state["bit_generator"] == states[name]["bit_generator"]:
                 own[name].state = states[name]
     numpy = np.random.get_state(legacy=False), {name: rng.state for name, rng in own.items()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     states = dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate())
     return states | dict(numpy=json.dumps(numpy, default=np.ndarray.tolist))
 
@@ -1088,7 +1081,10 @@ def accelerated(agent: DDPG, learn):
     if args.compile:
         learn = compiled(learn, agent)
     if agent.device.type == "cpu" and args.matmul == "onednn":
-        learn = multiplied_by_onednn(learn)
+        probe = torch.full((64, 64), 1 + 2**-12)  # bf16 rounds it to 1
+        exact = by_onednn(torch.mm, probe, torch.eye(64)).equal(probe)
+        exit_unless(exact, f"something multiplied before {SCRIPT} was imported, and oneDNN has bf16: take --matmul mkl")
+        learn = partial(by_onednn, learn)  # acting stays with MKL, which starts small products sooner
     if args.cudagraphs:
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
@@ -1102,6 +1098,7 @@ def compiled(learn, agent: DDPG):
         torch.compile(torch.sin)(torch.zeros(9, device=agent.device))
     except Exception as error:  # of many kinds
         exit_unless(False, f"--compile needs a C++ compiler, such as g++: {str(error).splitlines()[0]}")
+    torch.compiler.reset()  # what a notebook's earlier runs compiled: there is a limit to how often
     torch._dynamo.config.trace_autograd_ops = True
     torch._inductor.config.fallback_random = True  # torch's own random numbers
     graph = torch.compile(learn, fullgraph=True, options={"cpp_wrapper": agent.device.type == "cpu"})
@@ -1146,19 +1143,11 @@ def adam_step(optimizer: torch.optim.Adam):
             parameter.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
 
 
-def multiplied_by_onednn(learn):
-    """`learn` with its matrix products by oneDNN; not acting, too: for small products MKL starts sooner."""
-
-    def by_onednn(function, *args):
-        torch.set_float32_matmul_precision("medium")  # hands products to oneDNN, with leave to use bf16, which it lacks
-        result = function(*args)
-        torch.set_float32_matmul_precision("highest")
-        return result
-
-    fine = torch.full((64, 64), 1 + 2**-12)  # bf16 rounds it to 1
-    exact = by_onednn(torch.mm, fine, torch.eye(64)).equal(fine)
-    exit_unless(exact, f"something multiplied before {SCRIPT} was imported, and oneDNN has bf16: take --matmul mkl")
-    return partial(by_onednn, learn)
+def by_onednn(function, *arguments):
+    torch.set_float32_matmul_precision("medium")  # hands products to oneDNN, with leave to use bf16, which it lacks
+    result = function(*arguments)
+    torch.set_float32_matmul_precision("highest")
+    return result
 
 
 def cuda_graphed(function, warmup=3):

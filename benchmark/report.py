@@ -2,9 +2,9 @@
 
     python benchmark/report.py runs/ddpg_continuous_action
 
-writes results.md, results.csv (one row per run, not rounded), learning_curves.png and q_estimates.png into
-runs/ddpg_continuous_action/report. With --export benchmark/results/NAME it also copies the runs' raw data there, which
-is small enough to commit, and
+writes into runs/ddpg_continuous_action/report: results.md; results.csv, one row per run, not rounded; summary.csv and
+summary.tex, with 95 % intervals; learning_curves and q_estimates as .png and, for papers, .pdf. With --export
+benchmark/results/NAME it also copies the runs' raw data there, which is small enough to commit, and
 
     python benchmark/report.py --pages README.md RESULTS.md
 
@@ -13,7 +13,7 @@ regenerates the pages from the committed data: what stands between <!-- results:
 and [...] are as in the shell; the folder is benchmark/results/NAME unless they name others.
 
 Runs are shown side by side under the flags in which they differ. An incomplete run, a broken one and the second of two
-equal ones are named on stderr and left out.
+with the same flags and seed (but see --pool) are named on stderr and left out.
 """
 
 import filecmp
@@ -43,13 +43,15 @@ plt.switch_backend("Agg")
 
 FINAL_EVALUATIONS = 10  # a final return is the mean of the last ten after learning started, as in result.json
 TRAINING_EPISODES = 100
+MOST_CURVES = 6  # that can be told apart in one panel
 Q_COLUMNS = ["q_estimate", "discounted_return"]
 ROW = ["environment", "variant", "steps"]  # what the runs in one row of a table share
 BASELINES = pd.read_csv(Path(__file__).with_name("baselines.csv"))
 PUBLISHED = pd.read_csv(Path(__file__).with_name("published_returns.csv"))
 # The best published under our own protocol: noise-free evaluations at the end of training, not their maximum
 COMPARABLE = PUBLISHED["statistic"].str.contains("noise-free") & ~PUBLISHED["statistic"].str.contains("maximum")
-BEST = PUBLISHED[COMPARABLE].sort_values("mean").drop_duplicates("env", keep="last").set_index("env")
+BEST = PUBLISHED[COMPARABLE].sort_values("mean").drop_duplicates(["env", "timesteps"], keep="last")
+BEST = BEST.set_index(["env", "timesteps"])
 # Flags that change neither the algorithm nor the protocol: runs that differ in nothing else share a row
 NOT_A_VARIANT = (
     "exp_name env_id seed run_name resume evaluate total_timesteps num_threads cuda cudagraphs compile matmul "
@@ -68,17 +70,22 @@ class Args:
     """copy the runs' raw data here, without their models and logs; runs that are there already stay"""
     pages: tuple[Path, ...] = ()
     """regenerate the sections of these pages instead, from committed data"""
-    show: Literal["all", "curves", "best", "published", "file"] = "all"
-    """in a page's section: table and figures; the learning curves alone; the final returns beside the best published
-    ones of the same protocol; the table of all published returns; files as they are"""
+    show: Literal["all", "table", "curves", "variants", "best", "published", "file"] = "all"
+    """in a page's section. all: table and figures; table and curves: one of them alone; variants: a row a task, a
+    column a variant; best: a row a task, the default and the recommended variant beside the best published return of
+    the same protocol and number of steps; published: all published returns; file: files as they are"""
     env_ids: tuple[str, ...] = ()
     """show only these environments, in this order"""
+    variant: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """show only these, named as in the tables and in this order: --variant=default --variant="--n-step 3" """
+    recommended: tuple[str, ...] = ()
+    """with --show best, the variant for an environment, as in "Hopper-v5 --n-step 3"; for others it is the default"""
     up_to: float = math.inf
     """leave out evaluations after this step, to compare runs of different lengths"""
+    pool: bool = False
+    """keep runs of the same flags and seed whose returns differ, as on two machines"""
     solved_above: float = math.inf
     """count the seeds that solve the task: those with an evaluation above this return"""
-    published: bool = True
-    """draw the best published return of the same protocol as a line among the learning curves"""
     training_return: bool = False
     """show the training return, with exploration noise, over the last 100 episodes"""
 
@@ -129,6 +136,7 @@ def read_run(path: Path, args: Args) -> dict:
     if learned.empty:
         raise ValueError(f"no evaluations after learning started and up to step {args.up_to:,.0f}")
     returns, steps = evaluations["mean"], int(evaluations.index[-1])
+    last = learned["mean"].tail(FINAL_EVALUATIONS)
     q_error = (learned["q_estimate"] - learned["discounted_return"]).dropna()
     if steps != result["global_step"]:  # what was measured at the end, or over the whole run, says nothing of a part
         result, training_return = {}, math.nan
@@ -139,7 +147,9 @@ def read_run(path: Path, args: Args) -> dict:
         "variant": "default",  # until the other runs are known
         "steps": steps,
         "seed": flags["seed"],
-        "final_return": learned["mean"].tail(FINAL_EVALUATIONS).mean(),
+        "final_return": last.mean(),
+        "lowest_evaluation": last.min(),
+        "highest_evaluation": last.max(),
         "final_evaluation": (result.get("final_eval") or {}).get("mean", math.nan),
         "q_minus_discounted_return": q_error.tail(FINAL_EVALUATIONS).mean(),
         "first_solved_at": returns.index[returns > args.solved_above].min(),  # NaN: never
@@ -155,11 +165,12 @@ def read_run(path: Path, args: Args) -> dict:
     }
 
 
-def best_published(flags: dict) -> dict:
-    """The best published figure of the same task, one of Gymnasium's MuJoCo tasks as it comes; {} if there is none."""
+def best_published(flags: dict, steps: int) -> dict:
+    """The best published figure of the same task, one of Gymnasium's MuJoCo tasks as it comes, and after as many steps;
+    {} if there is none."""
     task = re.fullmatch(r"(\w+)-v[45]", flags["env_id"])
-    as_it_comes = task and task[1] in BEST.index and not json.loads(flags["env_kwargs"])
-    return BEST.loc[task[1]].to_dict() if as_it_comes else {}
+    key = task and (task[1], steps)
+    return BEST.loc[key].to_dict() if key in BEST.index and not json.loads(flags["env_kwargs"]) else {}
 
 
 def levels(flags: dict, script: str, returns: pd.Series) -> dict[str, float]:
@@ -169,7 +180,7 @@ def levels(flags: dict, script: str, returns: pd.Series) -> dict[str, float]:
     untrained, random = means.get(f"untrained {script}", math.nan), means.get("random", math.nan)
     if flags.get("pixels"):  # acts at other time steps than those measured; its own first evaluation may do
         untrained, random = returns[returns.index <= flags["learning_starts"]].head(1).mean(), math.nan
-    best = best_published(flags).get("mean", math.nan)
+    best = best_published(flags, returns.index[-1]).get("mean", math.nan)
     return {"untrained": untrained, "random": random, "best published": best}
 
 
@@ -189,15 +200,22 @@ def read_runs(args: Args) -> pd.DataFrame:
     runs = [run for run in runs if run["environment"] in env_ids]
     exit_unless(runs, f"no complete runs in {', '.join(map(str, args.runs)) or 'no folder: name one'}")
     set_variants(runs)
+    there = sorted({run["variant"] for run in runs}, key=lambda variant: (variant != "default", variant))
+    variants = args.variant or there
+    unknown = ", ".join(sorted(set(variants) - set(there)))
+    exit_unless(not unknown, f"no run is of the variant {unknown}; there are {', '.join(there)}")
+    runs = [run for run in runs if run["variant"] in variants]
 
     def place(run):
-        return env_ids.index(run["environment"]), run["variant"] != "default", *(run[name] for name in (*ROW, "seed"))
+        return env_ids.index(run["environment"]), variants.index(run["variant"]), run["steps"], run["seed"]
 
     runs = pd.DataFrame(sorted(runs, key=place))
-    twice = runs.duplicated([*ROW, "seed"])
-    for path in runs["path"][twice]:
-        print(f"warning: {path}: left out, the same run is there twice", file=sys.stderr)
-    return runs[~twice]
+    same = runs[[*ROW, "seed"]]
+    if args.pool:
+        same = same.assign(returns=[tuple(evaluations["mean"]) for evaluations in runs["evaluations"]])
+    for path in runs["path"][same.duplicated()]:
+        print(f"warning: {path}: left out, another run has its flags and seed (see --pool)", file=sys.stderr)
+    return runs[~same.duplicated()]
 
 
 def set_variants(runs: list[dict]):
@@ -220,11 +238,59 @@ def as_typed(name: str, value) -> str:
     return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
 
 
+# Statistics
+
+
+def t_quantile(degrees: float) -> float:
+    """Student's t lies within ± this with 95 %. Its density over atan(t / √degrees) is the cosine^(degrees − 1)."""
+    edges = np.linspace(0, math.pi / 2, 100_001)
+    within = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
+    return math.sqrt(degrees) * math.tan(np.interp(0.95, within / within[-1], edges[1:]))
+
+
+def margin(*samples: tuple[float, int]) -> float:
+    """Half of the 95 % interval of a mean (Student's) or of the difference of two (Welch's), from (std, count)."""
+    std, count = np.array(samples).T
+    variance = std**2 / count
+    if not variance.any():
+        return 0.0
+    degrees = variance.sum() ** 2 / (variance**2 / (count - 1)).sum()
+    return t_quantile(degrees) * math.sqrt(variance.sum())
+
+
+def verdict(returns: pd.Series, best: dict) -> str:
+    """Whether final returns are higher or lower than a published figure, which may lack a spread."""
+    if len(returns) == 1:
+        return ""
+    samples = [(returns.std(), len(returns)), (best["std"], best["seeds"])]
+    half = margin(*[(std, count) for std, count in samples if std >= 0 and count > 1])
+    difference = returns.mean() - best["mean"]
+    return "level" if abs(difference) <= half else "higher" if difference > 0 else "lower"
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means and, from five runs on, interquartile means (IQM), each with the ends of its 95 % interval: Student's, and
+    that of a percentile bootstrap."""
+    rows, rng = [], np.random.default_rng(1)
+    for key, returns in runs.groupby(ROW, sort=False)["final_return"]:
+        count, mean = len(returns), returns.mean()
+        half = margin((returns.std(), count)) if count > 1 else math.nan
+        row = dict(zip(ROW, key, strict=True)) | {"runs": count}
+        row |= {"mean": mean, "mean low": mean - half, "mean high": mean + half}
+        if count >= 5:
+            ordered = np.sort(np.vstack([returns, rng.choice(returns, (10_000, count))]))  # the runs, then resamples
+            middle = ordered[:, count // 4 : count - count // 4].mean(axis=1)  # rounded as by rliable
+            low, high = np.percentile(middle[1:], [2.5, 97.5])
+            row |= {"IQM": middle[0], "IQM low": low, "IQM high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 # Tables
 
 
 def number(value: float, digits=1) -> str:
-    return "" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+    return "" if math.isnan(value) else f"{value:z,.{digits}f}".replace("-", "−")
 
 
 def mean_and_std(mean: float, std: float) -> str:
@@ -234,6 +300,11 @@ def mean_and_std(mean: float, std: float) -> str:
 def over_seeds(values: pd.Series) -> str:
     """Mean and sample standard deviation; nothing where a seed is missing."""
     return mean_and_std(values.mean(skipna=False), values.std(skipna=False))
+
+
+def counted(seeds: pd.Series) -> str:
+    different = f"{seeds.nunique()}"
+    return different if seeds.is_unique else f"{len(seeds)} runs of {different}"
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -248,9 +319,11 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
     """One row per environment and variant, and a line on what it was measured with."""
     training_return = f"training return, last {TRAINING_EPISODES} episodes"
     columns = {
-        "seeds": ("seed", "size"),
+        "seeds": ("seed", counted),
         "final return": ("final_return", lambda returns: f"**{over_seeds(returns)}**"),
         "each seed": ("final_return", lambda returns: ", ".join(number(value, 0) for value in returns)),
+        f"lowest of last {FINAL_EVALUATIONS}": ("lowest_evaluation", lambda lowest: number(lowest.min(), 0)),
+        f"highest of last {FINAL_EVALUATIONS}": ("highest_evaluation", lambda highest: number(highest.max(), 0)),
         "final evaluation": ("final_evaluation", over_seeds),
         "solved (seeds)": ("first_solved_at", lambda steps: f"{steps.count()} of {len(steps)}"),
         "first solved at step (median)": ("first_solved_at", lambda steps: number(steps.median(), 0)),
@@ -258,8 +331,8 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
         "Q − discounted return": ("q_minus_discounted_return", over_seeds),
         "untrained": ("untrained", lambda returns: number(returns.mean())),
         "random": ("random", lambda returns: number(returns.mean())),
-        "steps/s": ("steps_per_second", lambda speeds: number(speeds.median(), 0)),
-        "hours": ("hours", lambda hours: number(hours.median(), 2)),
+        "steps/s": ("steps_per_second", lambda speeds: number(speeds.median(skipna=False), 0)),
+        "hours": ("hours", lambda hours: number(hours.median(skipna=False), 2)),
     }
     if math.isinf(args.solved_above):
         del columns["solved (seeds)"]
@@ -271,19 +344,45 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
     return f"{table(rows)}\n{'; '.join(sorted(set(runs['measured_with'])))}.\n"
 
 
-def best_table(runs: pd.DataFrame) -> str:
-    """One row per environment and variant, beside the best published return of the same protocol."""
-    rows = []
-    for (env_id, variant, steps), seeds in runs.groupby(ROW, sort=False):
-        row = {"environment": env_id, "variant": variant, "ours": over_seeds(seeds["final_return"])}
-        row |= {"steps": steps, "seeds": len(seeds), "best published": "none"}
-        if best := best_published(seeds["flags"].iloc[0]):
+def final_returns(runs: pd.DataFrame) -> pd.Series:
+    """By environment, steps and variant; with the number of seeds unless it is the same everywhere."""
+    groups = runs.groupby(["environment", "steps", "variant"], sort=False)
+    returns, seeds = groups["final_return"].agg(over_seeds), groups["seed"].agg(counted)
+    if seeds.nunique() == 1 and seeds.iloc[0].isdigit():
+        return returns
+    return returns + (" (" + seeds + " seeds)").replace(" (1 seeds)", " (1 seed)")
+
+
+def variants_table(runs: pd.DataFrame, args: Args) -> str:
+    """One row per environment and number of steps, one column per variant."""
+    rows, variants = final_returns(runs).unstack().sort_index(), args.variant or runs["variant"].unique()
+    return table(rows.loc[list(runs["environment"].unique()), list(variants)].reset_index())
+
+
+def best_table(runs: pd.DataFrame, args: Args) -> str:
+    """One row per environment and number of steps."""
+    recommended = dict(text.partition(" ")[::2] for text in args.recommended)
+    unknown = ", ".join(sorted(set(recommended) - set(runs["environment"])))
+    exit_unless(not unknown, f"something is recommended for {unknown}, of which there is no run")
+    returns, rows = final_returns(runs), []
+    for (env_id, steps), of_task in runs.groupby(["environment", "steps"], sort=False):
+        variant = recommended.get(env_id, "default")
+        ours = of_task[of_task["variant"] == variant]
+        exit_unless(len(ours), f"no run of {steps:,} steps on {env_id} is of the recommended variant {variant}")
+        row = {"environment": env_id, "steps": steps, "untrained": number(ours["untrained"].mean())}
+        row |= {"ours, default": returns.get((env_id, steps, "default")), "recommended": variant}
+        row |= {"ours, recommended": returns[env_id, steps, variant], "best published": "—"}
+        if best := best_published(ours["flags"].iloc[0], steps):
             row["best published"] = mean_and_std(best["mean"], best["std"])
-            row["its steps"], row["its seeds"] = best["timesteps"], best["seeds"]
-            row["by"] = f"{best['source'].split(',')[0]}, {best['implementation']}, {best['env_version']}"
-            row["ours is"] = "**lower**" if seeds["final_return"].mean() < best["mean"] else "higher"
+            by = best["source"].split(",")[0], best["implementation"], best["env_version"], f"{best['seeds']} seeds"
+            row |= {"by": ", ".join(by), "verdict": verdict(ours["final_return"], best)}
         rows.append(row)
     return table(pd.DataFrame(rows, dtype=object))
+
+
+def latex(frame: pd.DataFrame) -> str:
+    text = frame.to_latex(index=False, escape=True, na_rep="", float_format="{:z,.1f}".format)
+    return re.sub(r"(?<= )-(?=\d)", "$-$", text).replace("--", "-{}-")  # a minus, and no dash where a flag begins
 
 
 def published_table() -> str:
@@ -300,39 +399,51 @@ LEVELS = {"untrained": (1, 1), "random": (1, 4), "best published": (4, 1, 1, 1)}
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """All evaluations, one per row."""
-    frames = [run.evaluations.assign(environment=run.environment, variant=run.variant) for run in runs.itertuples()]
-    return pd.concat(frames).reset_index(names="steps")
+    """All evaluations, one per row, and what is known of their runs."""
+    evaluations = pd.concat(runs["evaluations"].to_dict(), names=["run", "steps"]).reset_index("steps")
+    return evaluations.join(runs.drop(columns=["steps", "evaluations"]))
 
 
-def draw_returns(runs: pd.DataFrame, args: Args, path: Path):
-    shown = [level for level in LEVELS if args.published or level != "best published"]
-    ends = runs.melt(["environment", "steps"], shown, "variant", "mean").dropna()
+def by_panel(runs: pd.DataFrame) -> pd.DataFrame:
+    """With a panel for each environment and variant, in the order of these panels."""
+    most_first = -runs.groupby("environment")["variant"].transform("nunique")  # so that full rows are above short ones
+    panel = runs["environment"] + "\n" + runs["variant"].str.replace(" --", "\n--")
+    runs = runs.assign(panel=panel, most_first=most_first, nth=runs["variant"].factorize()[0])
+    return runs.sort_values(["most_first", "nth"])
+
+
+def draw_returns(runs: pd.DataFrame, folder: Path, formats=("png",)):
+    ends = runs.melt(["environment", "steps"], list(LEVELS), "variant", "mean").dropna()
     returns = pd.concat([curves(runs), ends.assign(steps=0), ends]).rename(columns={"mean": "return"})
-    variants = runs["variant"].unique()
-    colors = dict(zip(variants, sns.color_palette("colorblind", len(variants)), strict=True))
+    variants, panel = sorted(runs["variant"].unique(), key=lambda variant: variant != "default"), "environment"
+    colors = sns.color_palette("colorblind", len(variants))
+    if len(variants) > MOST_CURVES:  # then a panel each, with the default (or the first) beside it in grey
+        variants, panel, colors = [variants[0], "as in the title"], "panel", ["0.6", colors[0]]
+        panels = by_panel(runs)[["environment", "variant", "panel"]].drop_duplicates()
+        beside = returns[returns["variant"].isin([variants[0], *LEVELS])]
+        beside = panels.drop(columns="variant").merge(beside, on="environment")
+        returns = pd.concat([beside, panels.merge(returns).assign(variant=variants[1])])
     look = {
-        "palette": colors | dict.fromkeys(LEVELS, "black"),
-        "dashes": {variant: "" if i < 10 else (3, 1) for i, variant in enumerate(variants)} | LEVELS,  # ten colours
+        "palette": dict(zip(variants, colors, strict=True)) | dict.fromkeys(LEVELS, "black"),
+        "dashes": dict.fromkeys(variants, "") | LEVELS,
         "sizes": dict.fromkeys(variants, 1.3) | dict.fromkeys(LEVELS, 0.8),
     }
-    draw(returns, path, y="return", col="environment", hue="variant", style="variant", size="variant", **look)
+    curve = dict.fromkeys(["hue", "style", "size"], "variant")
+    draw(returns, folder / "learning_curves", formats, y="return", col=panel, **curve, **look)
 
 
-def draw_q_estimates(runs: pd.DataFrame, path: Path):
+def draw_q_estimates(runs: pd.DataFrame, folder: Path, formats=("png",)):
     if runs["q_minus_discounted_return"].isna().all():
         return  # the logs are gone
     names = {"discounted_return": "return that followed", "q_estimate": "critic's estimate"}
-    most_first = -runs.groupby("environment")["variant"].transform("nunique")  # so that full rows are above short ones
-    by_variant = runs.assign(most_first=most_first, nth=runs["variant"].factorize()[0])
-    q = curves(by_variant.sort_values(["most_first", "nth"])).rename(columns=names)
-    q = q.melt(ROW, list(names.values()), "curve", "discounted return")
-    q["panel"] = q["environment"] + "\n" + q["variant"].str.replace(" --", "\n--")
-    draw(q, path, y="discounted return", col="panel", hue="curve", style="curve", palette="colorblind")
+    q = curves(by_panel(runs)).rename(columns=names)
+    q = q.melt([*ROW, "panel"], list(names.values()), "curve", "discounted return")
+    curve = dict.fromkeys(["hue", "style"], "curve")
+    draw(q, folder / "q_estimates", formats, y="discounted return", col="panel", palette="colorblind", **curve)
 
 
-@plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8})
-def draw(data: pd.DataFrame, path: Path, **columns_and_look):
+@plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8, "pdf.fonttype": 42})  # 42: as journals ask
+def draw(data: pd.DataFrame, path: Path, formats, **columns_and_look):
     """Means over seeds, each in a band from the lowest to the highest of them (of those that ran for so long)."""
     columns = 4 if data["environment"].nunique() == 2 else 3  # so that an environment's panels stand in columns
     panels = data[columns_and_look["col"]].nunique()
@@ -348,7 +459,8 @@ def draw(data: pd.DataFrame, path: Path, **columns_and_look):
     for axis in grid.axes.flat:
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1e6:g}M" if step >= 1e6 else f"{step / 1e3:g}k")
         axis.yaxis.set_major_formatter("{x:,g}")
-    grid.savefig(path, dpi=150)
+    for name in formats:
+        grid.savefig(path.with_suffix(f".{name}"), dpi=150)
     plt.close(grid.figure)
 
 
@@ -389,13 +501,14 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
     if args.show == "file":
         return "".join(path.read_text(encoding="utf-8") for path in args.runs)
     runs = read_runs(args)
-    if args.show == "best":
-        return best_table(runs)
+    tables = {"variants": variants_table, "best": best_table, "table": results_table}
+    if args.show in tables:
+        return tables[args.show](runs, args)
     (figures / name).mkdir(parents=True, exist_ok=True)
-    draw_returns(runs, args, figures / name / "learning_curves.png")
+    draw_returns(runs, figures / name)
     text = f"![Learning curves](benchmark/results/{name}/learning_curves.png)\n"
     if args.show == "all":
-        draw_q_estimates(runs, figures / name / "q_estimates.png")
+        draw_q_estimates(runs, figures / name)
         text = f"{results_table(runs, args)}\n{text}\n"
         text += f"![Q estimates and discounted returns](benchmark/results/{name}/q_estimates.png)\n"
     return text
@@ -417,11 +530,13 @@ def main(args: Args):
         export(runs, args.export)
     out = args.out or args.runs[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
-    draw_returns(runs, args, out / "learning_curves.png")
-    draw_q_estimates(runs, out / "q_estimates.png")
+    draw_returns(runs, out, ("png", "pdf"))
+    draw_q_estimates(runs, out, ("png", "pdf"))
     runs.drop(columns=["evaluations", "flags", "defaults"]).to_csv(out / "results.csv", index=False)
     text = results_table(runs, args)
     save(out / "results.md", text)
+    summary(runs).to_csv(out / "summary.csv", index=False)
+    save(out / "summary.tex", latex(summary(runs)))
     print(f"{text}\nThe figures are in {out}")
 
 

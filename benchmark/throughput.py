@@ -182,7 +182,8 @@ def time_update(module_name: str, rounds: int) -> dict[str, list[float]]:
     x, weight = torch.rand(args.batch_size, agent.actor.fc2.in_features), agent.actor.fc2.weight.detach()
     np_x, np_weight, np_out = x.numpy(), weight.numpy().T, np.empty((len(x), len(weight)), np.float32)
     product_flops = 2 * x.numel() * len(weight)
-    learn_by_onednn, seconds_each_by_onednn = map(script.multiplied_by_onednn, (learn, seconds_each))
+    learn_by_onednn = functools.partial(script.by_onednn, learn)
+    seconds_each_by_onednn = functools.partial(script.by_onednn, seconds_each)
 
     figures = {name: [] for name in ("mkl", "onednn", "limit", "torch, MKL", "torch, oneDNN", "NumPy")}
     for i in range(rounds + 1):

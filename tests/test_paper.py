@@ -519,8 +519,8 @@ def test_the_docstrings_figures_are_those_of_the_committed_data():
     because = {
         "targets' normalisation": "better on Pendulum-v1, worse on InvertedPendulum-v5",
         "running averages": "HalfCheetah-v5 {:,.0f}; with torch's 0.1, {:,.0f}".format(*momentum),
-        "OU time step": f"{here:,.0f} on InvertedPendulum-v5; with 0.01, {actor_alone('ou-dt-0.01'):,.0f}: level",
-        "warm-up": "{:,.0f} there; with 64 steps {:,.0f}, with 10,000 {:,.0f}".format(here, *starts),
+        "OU time step": f"InvertedPendulum-v5 {here:,.0f}; with 0.01, {actor_alone('ou-dt-0.01'):,.0f}: level",
+        "warm-up": f"not tuned: {here:,.0f} there; with 64 steps, {starts[0]:,.0f}",
         "pixels: kernel; action": "471,000 weights, near the paper's 430,000; as above",
     }
     rows = [re.split(r" *\| *", line)[1:-1] for line in paper.__doc__.splitlines() if line.count("|") == 4]

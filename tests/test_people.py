@@ -527,7 +527,7 @@ def test_weights_that_become_nan_are_said_to_be_the_actors(script, short, monkey
 
     monkeypatch.setattr(script, "DDPG", Broken)
     line = error_of(short, script, checkpoint_interval=5)
-    assert line.startswith("error: the actor's action is not finite") and "ended at step 24" in line
+    assert line.startswith("error: the action must be finite") and "ended at step 24" in line
     assert_all_saved_is_finite(Path("runs/tiny"), 20)
 
 
