@@ -202,10 +202,9 @@ class DDPG:
         return -self.q(qf, obs, self.mu(actor, obs)).mean()
 
     def descend(self, state, name: str, gradients):
-        """Adam's step, made in the state. Returns the gradients' norm."""
+        """Adam's step, made in the state."""
         steps, state[f"{name}_optimizer"] = self.optimizer.update(gradients, state[f"{name}_optimizer"])
         state[name] = optax.apply_updates(state[name], steps)
-        return optax.tree.norm(gradients)
 
     @partial(jax.jit, static_argnums=(0, 3), donate_argnames="state")
     def learn(self, state, rows, update_actor: bool):
@@ -214,11 +213,11 @@ class DDPG:
         batch = Batch(obs, action, reward.squeeze(1), next_obs, discount.squeeze(1))
         (qf_loss, q), gradients = jax.value_and_grad(self.critic_loss, has_aux=True)(state["qf"], state, batch)
         losses = {"losses/qf1_loss": qf_loss, "losses/qf1_values": q}
-        losses["losses/qf1_grad_norm"] = self.descend(state, "qf", gradients)
+        self.descend(state, "qf", gradients)
         if update_actor:
             actor_loss, gradients = jax.value_and_grad(self.actor_loss)(state["actor"], state["qf"], batch.obs)
             losses["losses/actor_loss"] = actor_loss
-            losses["losses/actor_grad_norm"] = self.descend(state, "actor", gradients)
+            self.descend(state, "actor", gradients)
             for name in "actor", "qf":  # theta' <- tau theta + (1 - tau) theta'
                 target = f"target_{name}"
                 state[target] = optax.incremental_update(state[name], state[target], self.args.tau)

@@ -17,6 +17,7 @@ with the same flags and seed (but see --pool) are named on stderr and left out.
 """
 
 import filecmp
+import functools
 import json
 import math
 import re
@@ -32,6 +33,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import tyro
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -241,13 +243,6 @@ def as_typed(name: str, value) -> str:
 # Statistics
 
 
-def t_quantile(degrees: float) -> float:
-    """Student's t lies within ± this with 95 %. Its density over atan(t / √degrees) is the cosine^(degrees − 1)."""
-    edges = np.linspace(0, math.pi / 2, 100_001)
-    within = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
-    return math.sqrt(degrees) * math.tan(np.interp(0.95, within / within[-1], edges[1:]))
-
-
 def margin(*samples: tuple[float, int]) -> float:
     """Half of the 95 % interval of a mean (Student's) or of the difference of two (Welch's), from (std, count)."""
     std, count = np.array(samples).T
@@ -255,7 +250,7 @@ def margin(*samples: tuple[float, int]) -> float:
     if not variance.any():
         return 0.0
     degrees = variance.sum() ** 2 / (variance**2 / (count - 1)).sum()
-    return t_quantile(degrees) * math.sqrt(variance.sum())
+    return stats.t.ppf(0.975, degrees) * math.sqrt(variance.sum())
 
 
 def verdict(returns: pd.Series, best: dict) -> str:
@@ -271,17 +266,16 @@ def verdict(returns: pd.Series, best: dict) -> str:
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """Means and, from five runs on, interquartile means (IQM), each with the ends of its 95 % interval: Student's, and
     that of a percentile bootstrap."""
-    rows, rng = [], np.random.default_rng(1)
+    rows = []
     for key, returns in runs.groupby(ROW, sort=False)["final_return"]:
         count, mean = len(returns), returns.mean()
         half = margin((returns.std(), count)) if count > 1 else math.nan
         row = dict(zip(ROW, key, strict=True)) | {"runs": count}
         row |= {"mean": mean, "mean low": mean - half, "mean high": mean + half}
         if count >= 5:
-            ordered = np.sort(np.vstack([returns, rng.choice(returns, (10_000, count))]))  # the runs, then resamples
-            middle = ordered[:, count // 4 : count - count // 4].mean(axis=1)  # rounded as by rliable
-            low, high = np.percentile(middle[1:], [2.5, 97.5])
-            row |= {"IQM": middle[0], "IQM low": low, "IQM high": high}
+            middle = functools.partial(stats.trim_mean, proportiontocut=0.25)
+            ends = stats.bootstrap([returns], middle, method="percentile", rng=1).confidence_interval
+            row |= {"IQM": middle(returns), "IQM low": ends.low, "IQM high": ends.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -80,9 +80,8 @@ class Protocol(BaseCallback):
         """After each step of the environment, before its update."""
         args, step, info = self.run.args, next(self.steps), self.locals["infos"][0]
         if self.locals["dones"][0]:  # and SB3 has reset the environment
-            self.run.log(
-                {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
-            )
+            episode = info[script.SCRIPT]
+            self.run.log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]})
         if step >= args.learning_starts and self.model.action_noise is None:  # SB3 would add it to random actions too
             zeros = np.zeros(self.model.action_space.shape)
             self.model.action_noise = NormalActionNoise(zeros, zeros + args.exploration_noise)

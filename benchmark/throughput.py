@@ -319,9 +319,9 @@ def report(args: Args, folder: Path):
             entries.append(entry)
     exit_unless(entries, f"nothing to measure. {' '.join(skipped)}")
     first = entries[0]
-    pairs = [
-        (first, peer) for peer in entries[1:] if peer.script.startswith("benchmark/") or peer.script == first.script
-    ]
+    alike = [entry for entry in entries if entry.script == first.script]
+    peers = [entry for entry in entries[1:] if entry.script.startswith("benchmark/") and entry not in alike]
+    pairs = [(first, entry) for entry in alike[1:]] + [(entry, peer) for entry in alike for peer in peers]
     ours = [entry for entry in entries if "/" not in entry.script]
     older = {}
     if args.against:
@@ -334,7 +334,7 @@ def report(args: Args, folder: Path):
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"Median of {args.rounds} rounds (range). Commit {about['commit'] or 'unknown'}; {versions};"
     yield f"{about['hardware']['platform']}, {cpu_name()}, {torch.backends.cpu.get_cpu_capability()},"
-    yield f"{args.cores} cores; `--matmul auto` stands for {usual.matmul} here."
+    yield f"{args.cores} cores; `--matmul auto` chose {usual.matmul}."
     if gpu:
         yield f"GPU: {about['hardware']['gpu']}."
     yield from (f"\n{line}" for line in skipped)

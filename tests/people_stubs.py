@@ -150,6 +150,13 @@ class NoGenerator(Walk):
         return super().reset()
 
 
+def counted(**kwargs):
+    """An environment that comes with the statistics of its episodes."""
+    return gym.wrappers.RecordEpisodeStatistics(Walk(**kwargs))
+
+
+gym.register("Counted-v0", counted, max_episode_steps=9)
+
 # What cannot be made
 
 

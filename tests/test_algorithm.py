@@ -287,13 +287,13 @@ def test_actor_loss_by_hand(script):
 
 
 def test_the_actors_update_leaves_the_critic_untouched(script):
-    """The critic moves, with its optimiser, exactly as when the actor is not updated, and keeps its own gradients."""
+    """The critic moves, with its optimiser, exactly as when the actor is not updated."""
     with_actor, batch = drifted(script), random_batch(script)
     without_actor, before = copy.deepcopy(with_actor), weights(with_actor.actor)
     with_actor.update(batch, True)
     without_actor.update(batch, False)
     for one, other in zip(with_actor.qf.parameters(), without_actor.qf.parameters(), strict=True):
-        assert torch.equal(one, other) and torch.equal(one.grad, other.grad)
+        assert torch.equal(one, other) and one.grad is None and other.grad is None
         states = with_actor.qf_optimizer.state[one], without_actor.qf_optimizer.state[other]
         assert all(torch.equal(states[0][name], states[1][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
     assert torch.equal(weights(without_actor.actor), before) and not torch.equal(weights(with_actor.actor), before)
@@ -319,22 +319,6 @@ def test_tau_1_makes_the_targets_copies(script):
     learner.update(random_batch(script))
     actor, qf, target_actor, target_qf = all_weights(learner)
     assert torch.equal(actor, target_actor) and torch.equal(qf, target_qf)
-
-
-def test_the_logged_gradient_norms(script):
-    """Of the losses just before the last update, without L2."""
-    still = {"learning_rate" if script is tuned else "critic_lr": 1e-12}
-    learner, batch = drifted(script, **still), random_batch(script)
-    critic_loss, actor_loss = learner.critic_loss(batch)[0], learner.actor_loss(batch.obs)
-    gradients = torch.autograd.grad(critic_loss, [*learner.qf.parameters()])
-    critic_gradients = gradients
-    gradients = torch.autograd.grad(actor_loss, [*learner.actor.parameters()])
-    learner.act(np.zeros(3))
-    learner.update(batch)
-    logged = learner.diagnostics(batch)
-    for name, expected in ("qf1", critic_gradients), ("actor", gradients):
-        norm = sum(gradient.double().square().sum() for gradient in expected) ** 0.5
-        assert logged[f"losses/{name}_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
 
 
 # Its state

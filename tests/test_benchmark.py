@@ -502,11 +502,6 @@ def test_verdict_is_by_the_95_percent_interval(finals, std, seeds, difference, v
     assert report.verdict(pd.Series(finals, dtype=float), best) == verdict
 
 
-def test_t_quantiles_are_those_of_the_tables():
-    for degrees, quantile in (1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (1000, 1.9623):
-        assert report.t_quantile(degrees) == pytest.approx(quantile, abs=1e-4)
-
-
 def test_best_published_returns_are_of_our_protocol():
     """Neither noisy training returns nor maxima over time, and of one number of steps."""
     best = {env: (row["mean"], row["seeds"]) for (env, steps), row in report.BEST.iterrows() if steps == 1_000_000}

@@ -355,7 +355,6 @@ def test_tensorboard(script, run):
         *("charts/episodic_return", "charts/episodic_length", "charts/SPS"),
         *("charts/saturated_actions", "charts/exploration_difference"),
         *("losses/qf1_loss", "losses/qf1_values", "losses/actor_loss"),
-        *("losses/actor_grad_norm", "losses/qf1_grad_norm"),
         *("eval/episodic_return", "eval/discounted_return", "eval/q_estimate"),
     }
     # episodes of 3, 2, 4, 1, 1 steps, paying 10 x episode + step
@@ -368,7 +367,7 @@ def test_tensorboard(script, run):
         (row["global_step"], row["mean"]) for row in eval_rows(run_dir)
     ]
     assert [step for step, _ in log["losses/qf1_loss"]] == [180, 200, 210]  # every 200 steps, and to evaluations
-    assert 0 <= log["charts/saturated_actions"][0][1] <= 1 and log["losses/qf1_grad_norm"][0][1] > 0
+    assert 0 <= log["charts/saturated_actions"][0][1] <= 1
     text = next(path for path in run_dir.glob("events*")).read_bytes()
     assert b"|batch_size|16|" in text and b"|gamma|0.99|" in text
 
@@ -385,7 +384,6 @@ def test_diagnostics(script, run, monkeypatch):
     log = scalars(run(script))
     assert log["charts/saturated_actions"] == [(60, 1), (120, 1)]
     assert log["charts/exploration_difference"] == [(60, pytest.approx(1)), (120, pytest.approx(1))]
-    assert log["losses/actor_grad_norm"] == [(60, 0), (120, 0)]
 
 
 def test_evaluate_reproduces_the_last_evaluation(script, run, cli, capsys, monkeypatch):

@@ -29,8 +29,11 @@ SECOND_CRITIC = {
         self.target_qf2 = copy.deepcopy(self.qf2).requires_grad_(False)
         self.qf2_optimizer = torch.optim.Adam(self.qf2.parameters(), 1e-3)
         self.target_actor = copy""",
-    "        self.qf_optimizer.zero_grad()\n": "        self.qf_optimizer.zero_grad(), self.qf2.zero_grad()\n",
-    "        self.qf_optimizer.step()\n": "        self.qf_optimizer.step(), self.qf2_optimizer.step()\n",
+    "        self.qf_optimizer.step()\n": """\
+        self.qf_optimizer.step()
+        self.qf2_optimizer.step()
+        self.qf2_optimizer.zero_grad()
+""",
     "            y = batch.reward + batch.discount * next_q": """\
             next_q2 = self.target_qf2(batch.next_obs, self.target_actor(batch.next_obs))
             y = batch.reward + batch.discount * torch.minimum(next_q, next_q2)""",

@@ -20,7 +20,7 @@ import numpy as np
 import people_stubs
 import pytest
 import torch
-from conftest import CPU, agent, eval_rows, model, paper, scalars, tuned
+from conftest import CPU, agent, eval_rows, model, paper, process, scalars, tuned
 from people_stubs import Walk
 
 SHORT = dict(  # eight episodes, four of them with random actions; it evaluates and saves after four and at the end
@@ -678,6 +678,17 @@ def test_the_second_ctrl_c_goes_to_the_callers_handler(script, short, broken_off
         short(script)
     assert ended.value.code == 128 + signal.SIGINT and before_the_run == [0] and caught == [signal.SIGINT]
     assert_handlers_are_back()
+
+
+def test_an_environment_may_count_its_own_episodes(script, short):
+    run_dir = short(script, env_id="people_stubs:Counted-v0")
+    assert result(run_dir)["final_return"] == 10 and scalars(run_dir)["charts/episodic_return"][0] == (5, 10)
+
+
+def test_a_score_can_be_printed_where_there_is_no_plus_minus(script, short, tmp_path):
+    run_dir = short(script)
+    done = process([sys.executable, script.__file__, "--evaluate", str(run_dir)], tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.endswith("10.00 ? 0.00 over 2 episodes\n"), done.stderr
 
 
 def test_no_more_environments_are_made_than_needed(script, short, made):
