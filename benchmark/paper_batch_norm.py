@@ -45,6 +45,7 @@ class DDPG(paper.DDPG):
     def critic_loss(self, batch: paper.Batch):
         for target in self.target_actor, self.target_qf:
             target.train(self.args.target_statistics == "batch")
+        self.qf.train()
         return super().critic_loss(batch)
 
     def actor_loss(self, obs):

@@ -9,12 +9,10 @@ import hashlib
 import importlib
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import tomllib
 from pathlib import Path
@@ -718,6 +716,7 @@ def test_output_to_a_pipe_is_a_few_plain_lines(script, tmp_path):
 @pytest.mark.parametrize("to_file", [False, True])
 def test_a_terminal_shows_a_progress_bar_too(script, to_file, tmp_path):
     """And what goes to a file instead is plain lines."""
+    pty, termios = map(importlib.import_module, ("pty", "termios"))  # Windows has neither
     here, there = pty.openpty()
     termios.tcsetwinsize(there, (24, 120))
     with open(tmp_path / "log", "wb") as log:
