@@ -74,9 +74,7 @@ class Args:
     torch_deterministic: bool = True  # restrict cuDNN to deterministic algorithms
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = False  # on a GPU, replay acting and the whole update as CUDA graphs
-    compile: bool = (
-        False  # compile the update as one graph: faster after up to a minute; on a CPU it takes a C++ compiler
-    )
+    compile: bool = False  # compile the update as one graph: faster after up to a minute; a CPU takes a C++ compiler
     num_threads: int = 0  # CPU threads; 0 leaves torch's own choice, 1 is best for several runs on one machine
     matmul: Literal["auto", "mkl", "onednn"] = "auto"  # an update's matrix products on a CPU; auto: oneDNN on Zen 5
     track: bool = False  # mirror the TensorBoard log to Weights & Biases
@@ -753,9 +751,9 @@ class Run:
         save(self.dir / "result.json", json.dumps(result, indent=2))
         if not self.args.keep_checkpoint:
             (self.dir / "checkpoint.pt").unlink(missing_ok=True)
-        score = f"; final return {np.mean(last):.1f}, the mean of {len(last)} evaluation" if last else ""
-        plural = "s" if len(last) > 1 else ""
-        tqdm.write(f"complete after {self.global_step:,} steps in {tqdm.format_interval(seconds)}{score}{plural}")
+        evaluations = "evaluations" if len(last) > 1 else "evaluation"
+        score = f"; final return {np.mean(last):.1f}, the mean of {len(last)} {evaluations}" if last else ""
+        tqdm.write(f"complete after {self.global_step:,} steps in {tqdm.format_interval(seconds)}{score}")
 
 
 def evaluate_run(args: Args):
