@@ -452,7 +452,7 @@ def main(args: Args):
         batch = buffer.sample(args.batch_size)
         return agent.update(batch, update_actor), batch
 
-    agent.explore, learn = accelerated(agent, learn)  # the same but faster: --compile, --matmul onednn, --cudagraphs
+    agent.explore, learn = accelerated(agent, buffer, learn)  # faster: --compile, --matmul, --cudagraphs
 
     with Run(args, device, env, agent, buffer) as run:  # --resume and --warm-start load into agent and buffer
         episode_over = True
@@ -522,8 +522,9 @@ class Run:
         self.dir = Path(args.resume or Path("runs", name.replace(":", "-")))  # Windows has no colons
         self.args, self.env, self.agent, self.buffer = args, env, agent, buffer
         self.global_step, self.saved_step, self.eval_rows, self.start_time = 0, 0, [], time.time()
-        taken = not args.resume and (self.dir / "args.json").exists()
-        exit_unless(not taken, f"{self.dir} holds a run: --resume it, or choose another --run-name")
+        found = (self.dir / "args.json").exists()
+        exit_unless(args.resume or not found, f"{self.dir} holds a run: --resume it, or choose another --run-name")
+        exit_unless(found or not args.resume, f"{self.dir} holds no run to resume")
         self.refuse_what_no_checkpoint_holds()
         self.record = self.restore() if args.resume else provenance(device)
         if args.warm_start and not self.global_step:
@@ -560,8 +561,7 @@ class Run:
             for name, value in part.state_dict().items():
                 try:
                     torch.save(value, file := io.BytesIO())
-                    file.seek(0)
-                    torch.load(file, weights_only=True)
+                    torch.load(io.BytesIO(file.getvalue()), weights_only=True)
                 except Exception:  # pickle and torch raise many kinds
                     what = f"{name} of {type(part).__name__}, a {type(value).__name__}"
                     remedy = "make it a tensor or plain values, or give it state_dict and load_state_dict"
@@ -582,34 +582,39 @@ class Run:
 
     def __enter__(self):
         """Open what is written to, when all checks are done: a refused run leaves no folder."""
-        self.lock = filelock.FileLock(self.dir / ".lock")
-        self.excepthook, threading.excepthook = threading.excepthook, self.report_thread
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-            if self.args.track:
-                import wandb
+        with contextlib.ExitStack() as opened:  # an error here closes what was opened before it
+            opened.callback(setattr, threading, "excepthook", threading.excepthook)
+            threading.excepthook = partial(self.report_thread, threading.excepthook)
+            try:
+                self.dir.mkdir(parents=True, exist_ok=True)
+                opened.enter_context(filelock.FileLock(self.dir / ".lock", timeout=0))
+                if self.args.track:
+                    import wandb
 
-                names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity, name=self.dir.name)
-                options = dict(id=self.record["id"], resume="allow", sync_tensorboard=True, config=asdict(self.args))
-                wandb.init(**names, **options)
-            self.writer = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hide rows that come again
-            (self.dir / "result.json").unlink(missing_ok=True)
-            save(self.dir / "args.json", json.dumps(self.record | {"args": plain(self.args)}, indent=2))
-        except BaseException as error:
-            self.lock.release()
-            threading.excepthook = self.excepthook
-            exit_unless(not isinstance(error, filelock.Timeout), f"{self.dir} is in use: a run is being trained there")
-            exit_unless(not isinstance(error, OSError), f"cannot write to {self.dir}: {error}")
-            raise
-        flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
-        self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
-        self.say_what_is_run()
-        self.stop_signal, self.evaluating, self.handlers = None, False, {}
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        total, done = self.args.total_timesteps, self.global_step
-        self.bar = tqdm(total=total, initial=done, unit=" steps", disable=None, dynamic_ncols=True)  # not in a pipe
+                    names = dict(project=self.args.wandb_project_name, entity=self.args.wandb_entity)
+                    names |= dict(name=self.dir.name, id=self.record["id"])
+                    wandb.init(**names, resume="allow", sync_tensorboard=True, config=asdict(self.args))
+                    opened.push(lambda kind, *_: wandb.finish(exit_code=int(kind is not None)))
+                log = SummaryWriter(str(self.dir), purge_step=self.global_step + 1)  # hides rows that come again
+                self.writer = opened.enter_context(log)
+                (self.dir / "result.json").unlink(missing_ok=True)
+                save(self.dir / "args.json", json.dumps(self.record | {"args": plain(self.args)}, indent=2))
+            except filelock.Timeout:
+                exit_unless(False, f"{self.dir} is in use: a run is being trained there")
+            except OSError as error:
+                exit_unless(False, f"cannot write to {self.dir}: {error}")
+            flags = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *flags]))
+            self.say_what_is_run()
+            total, done = self.args.total_timesteps, self.global_step
+            bar = tqdm(total=total, initial=done, unit=" steps", disable=None, dynamic_ncols=True)  # not in a pipe
+            self.bar = opened.enter_context(bar)
+            self.stop_signal, self.evaluating, self.handlers = None, False, {}
+            if threading.current_thread() is threading.main_thread():  # no other may handle signals
+                for number in signal.SIGINT, signal.SIGTERM:
+                    self.handlers[number] = signal.signal(number, self.stop)
+                    opened.callback(signal.signal, number, self.handlers[number])
+            self.opened = opened.pop_all()
         self.printed_step, self.printed_time = self.global_step, time.time()
         return self
 
@@ -638,10 +643,10 @@ class Run:
         if self.evaluating:
             raise KeyboardInterrupt
 
-    def report_thread(self, error):
+    def report_thread(self, usual, error):
         """Other threads' errors as usual; the log's writer raises its own again at our next call to it."""
         if type(error.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
-            self.excepthook(error)
+            usual(error)
 
     def steps(self):
         """The numbers of the remaining steps."""
@@ -654,19 +659,10 @@ class Run:
             if self.stop_signal:
                 raise KeyboardInterrupt
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind, error, trace):
         self.evaluating = False
-        self.bar.close()
         with contextlib.suppress(OSError):  # already reported
-            self.writer.close()
-        self.lock.release()
-        threading.excepthook = self.excepthook
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.args.track:
-            import wandb
-
-            wandb.finish(exit_code=int(kind is not None))
+            self.opened.__exit__(kind, error, trace)
         ended = f"ended at step {self.global_step:,}; --resume {self.dir} goes on from step {self.saved_step:,}"
         if kind is KeyboardInterrupt:
             tqdm.write(f"stopped: {ended}", sys.stderr)
@@ -1026,7 +1022,7 @@ def allocate(*shape: int, device: torch.device, dtype=torch.float32) -> torch.Te
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def accelerated(agent: DDPG, learn):
+def accelerated(agent: DDPG, buffer: ReplayBuffer, learn):
     """agent.explore and learn as --compile, --matmul and --cudagraphs ask for."""
     args, explore = agent.args, agent.explore
     if args.compile:
@@ -1039,7 +1035,7 @@ def accelerated(agent: DDPG, learn):
     if args.cudagraphs:
         torch.cuda.synchronize()
         torch.cuda.set_stream(torch.cuda.Stream())  # recording needs its first calls off the default stream
-        explore, learn = cuda_graphed(explore), cuda_graphed(learn)
+        explore, learn = cuda_graphed(explore, agent, buffer), cuda_graphed(learn, agent, buffer)
     return explore, learn
 
 
@@ -1053,16 +1049,13 @@ def compiled(learn, agent: DDPG):
     torch._dynamo.config.trace_autograd_ops = True
     torch._inductor.config.fallback_random = True  # torch's own random numbers
     graph = torch.compile(learn, fullgraph=True, options={"cpp_wrapper": agent.device.type == "cpu"})
-    networks = [value for value in vars(agent).values() if isinstance(value, nn.Module)]
     for optimizer in vars(agent).values():
         if type(optimizer) is torch.optim.Adam:  # its methods cannot be traced, nor can making its state
-            parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for parameter in parameters:
-                state = dict(step=torch.zeros((), device=agent.device))
-                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = state
-            trained = [network for network in networks if parameters & {*network.parameters()}]
-            optimizer.zero_grad, optimizer.step = partial(zero_grad, trained), partial(adam_step, optimizer)
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = moments | {"step": torch.zeros((), device=agent.device)}
+            optimizer.zero_grad, optimizer.step = partial(zero_grad, parameters), partial(adam_step, optimizer)
 
     def learn_compiled(update_actor):
         try:
@@ -1074,9 +1067,9 @@ def compiled(learn, agent: DDPG):
     return learn_compiled
 
 
-def zero_grad(networks: list[nn.Module]):
-    for network in networks:
-        network.zero_grad()
+def zero_grad(parameters: list[nn.Parameter]):
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @torch.no_grad()
@@ -1101,20 +1094,35 @@ def by_onednn(function, *arguments):
     return result
 
 
-def cuda_graphed(function, warmup=3):
-    """`function` replayed as a CUDA graph, one for each set of arguments; the first calls run as usual."""
-    calls, graphs, outputs = {}, {}, {}
+def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16):
+    """`function` replayed as a CUDA graph; the first calls run as usual.
+
+    A graph repeats what Python read when it was recorded, so there is one for each set of arguments and of numbers and
+    switches among the attributes of the agent, its noise, its optimisers and the buffer.
+    """
+    calls, graphs, outputs, read = {}, {}, {}, []
 
     def call(*arguments):
-        calls[arguments] = calls.get(arguments, 0) + 1
-        if calls[arguments] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
+        if not calls:
+            optimizers = [value for value in vars(agent).values() if isinstance(value, torch.optim.Optimizer)]
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for part in vars(agent), vars(agent.noise), vars(buffer), *groups:
+                read.extend((part, name) for name, value in part.items() if isinstance(value, int | float))
+        # But for ReplayBuffer.add's counters, which no graph reads
+        key = arguments, *(part[name] for part, name in read if name not in ("added", "placed"))
+        if len(calls) > most:
             return function(*arguments)
-        if arguments not in graphs:
-            graphs[arguments] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[arguments]):
-                outputs[arguments] = function(*arguments)
-        graphs[arguments].replay()
-        return outputs[arguments]
+        calls[key] = calls.get(key, 0) + 1
+        if len(calls) > most:
+            tqdm.write("warning: no CUDA graphs from here on: a number that an update may read keeps changing")
+        if calls[key] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
+            return function(*arguments)
+        if key not in graphs:
+            graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[key]):
+                outputs[key] = function(*arguments)
+        graphs[key].replay()
+        return outputs[key]
 
     return call
 

@@ -219,7 +219,7 @@ def time_parts(module_name: str, flags: list[str], rounds: int, device: str = "c
     def learn(update_actor):
         return agent.update(buffer.sample(args.batch_size), update_actor)
 
-    agent.explore, learn = script.accelerated(agent, learn)
+    agent.explore, learn = script.accelerated(agent, buffer, learn)
     action = agent.act(obs)
     figures = {name: [] for name in PARTS}
     for i in range(rounds + 1):
