@@ -75,15 +75,15 @@ class Args:
     show: Literal["all", "table", "curves", "variants", "best", "published", "file"] = "all"
     """in a page's section. all: table and figures; table and curves: one of them alone; variants: a row a task, a
     column a variant; best: a row a task, the default and the recommended variant beside the best published return of
-    the same protocol and number of steps; published: all published returns; file: files as they are"""
+    the same protocol and number of steps; published: all published returns; file: files, up to <!-- more -->"""
     env_ids: tuple[str, ...] = ()
     """show only these environments, in this order"""
     variant: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """show only these, named as in the tables and in this order: --variant=default --variant="--n-step 3" """
     recommended: tuple[str, ...] = ()
     """with --show best, the variant for an environment, as in "Hopper-v5 --n-step 3"; for others it is the default"""
-    up_to: float = math.inf
-    """leave out evaluations after this step, to compare runs of different lengths"""
+    up_to: tuple[float, ...] = (math.inf,)
+    """leave out evaluations after this step, to compare runs of different lengths; of several, one after the other"""
     pool: bool = False
     """keep runs of the same flags and seed whose returns differ, as on two machines"""
     solved_above: float = math.inf
@@ -116,7 +116,7 @@ def read_log(path: Path) -> tuple[pd.DataFrame, float]:
     return pd.DataFrame({name: scalars(f"eval/{name}") for name in Q_COLUMNS}), training_return
 
 
-def read_run(path: Path, args: Args) -> dict:
+def read_run(path: Path, args: Args, up_to: float) -> dict:
     """The run's row of results.csv, its evaluations by step, and its flags."""
     files = path / "args.json", path / "result.json"
     record, result = (json.loads(file.read_text(encoding="utf-8")) for file in files)
@@ -133,10 +133,10 @@ def read_run(path: Path, args: Args) -> dict:
     else:
         q_estimates, training_return = read_log(path)
     evaluations = read_steps(path / "eval.csv").join(q_estimates)
-    evaluations = evaluations[evaluations.index <= args.up_to]
+    evaluations = evaluations[evaluations.index <= up_to]
     learned = evaluations[evaluations.index > flags["learning_starts"]]
     if learned.empty:
-        raise ValueError(f"no evaluations after learning started and up to step {args.up_to:,.0f}")
+        raise ValueError(f"no evaluations after learning started and up to step {up_to:,.0f}")
     returns, steps = evaluations["mean"], int(evaluations.index[-1])
     last = learned["mean"].tail(FINAL_EVALUATIONS)
     q_error = (learned["q_estimate"] - learned["discounted_return"]).dropna()
@@ -187,19 +187,22 @@ def levels(flags: dict, script: str, returns: pd.Series) -> dict[str, float]:
 
 
 def read_runs(args: Args) -> pd.DataFrame:
-    """One row per complete run, in the order in which they are shown; a line on stderr for each run left out."""
-    runs = []
+    """One row per complete run (and number of steps in --up-to), in the order in which they are shown.
+
+    A line on stderr for each run left out."""
+    runs = {}
     for path in sorted({file.parent for folder in args.runs for file in folder.rglob("args.json")}):
         if not (path / "result.json").exists():
             print(f"warning: {path}: incomplete (it has no result.json) and left out", file=sys.stderr)
             continue
         try:
-            runs.append(read_run(path, args))
+            for run in [read_run(path, args, up_to) for up_to in args.up_to]:
+                runs[path, run["steps"]] = run
         except (OSError, ValueError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
             print(f"warning: {path}: cannot be read and is left out ({problem})", file=sys.stderr)
-    env_ids = args.env_ids or sorted({run["environment"] for run in runs})
-    runs = [run for run in runs if run["environment"] in env_ids]
+    env_ids = args.env_ids or sorted({run["environment"] for run in runs.values()})
+    runs = [run for run in runs.values() if run["environment"] in env_ids]
     exit_unless(runs, f"no complete runs in {', '.join(map(str, args.runs)) or 'no folder: name one'}")
     set_variants(runs)
     there = sorted({run["variant"] for run in runs}, key=lambda variant: (variant != "default", variant))
@@ -221,12 +224,15 @@ def read_runs(args: Args) -> pd.DataFrame:
 
 
 def set_variants(runs: list[dict]):
-    """Call each run by the flags in which the runs of its script differ, as far as they are not the defaults."""
+    """Call each run by the flags in which the runs of its script differ, as far as they are not the defaults.
+
+    The name of the script comes first, but not that of the one beside its peers."""
     exp_names = {run["flags"]["exp_name"] for run in runs}
+    ours = exp_names & {ddpg_continuous_action.SCRIPT, ddpg_paper_faithful.SCRIPT}
     for run in runs:
         exp_name = run["flags"]["exp_name"]
         same_script = [other["flags"] for other in runs if other["flags"]["exp_name"] == exp_name]
-        words = [exp_name] if len(exp_names) > 1 else []
+        words = [exp_name] if len(exp_names) > 1 and ours != {exp_name} else []
         for flag, value in run["flags"].items():
             varied = flag not in NOT_A_VARIANT and any(flags.get(flag) != value for flags in same_script)
             if varied and value != run["defaults"].get(flag):
@@ -237,7 +243,13 @@ def set_variants(runs: list[dict]):
 def as_typed(name: str, value) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+    if isinstance(value, float):  # 0.2 and 1e-3
+        value = (
+            f"{value:g}"
+            if abs(value) >= 0.01 or not value
+            else np.format_float_scientific(value, trim="-", exp_digits=1)
+        )
+    return f"--{name} {value}"
 
 
 # Statistics
@@ -254,13 +266,14 @@ def margin(*samples: tuple[float, int]) -> float:
 
 
 def verdict(returns: pd.Series, best: dict) -> str:
-    """Whether final returns are higher or lower than a published figure, which may lack a spread."""
+    """Whether final returns are higher or lower than a published figure, which may lack a spread; and by how much."""
     if len(returns) == 1:
         return ""
     samples = [(returns.std(), len(returns)), (best["std"], best["seeds"])]
     half = margin(*[(std, count) for std, count in samples if std >= 0 and count > 1])
     difference = returns.mean() - best["mean"]
-    return "level" if abs(difference) <= half else "higher" if difference > 0 else "lower"
+    word = "level" if abs(difference) <= half else "higher" if difference > 0 else "lower"
+    return f"{word} ({mean_and_std(difference, half)})"
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -288,7 +301,8 @@ def number(value: float, digits=1) -> str:
 
 
 def mean_and_std(mean: float, std: float) -> str:
-    return number(mean) if math.isnan(std) else f"{number(mean)} ± {number(std)}"
+    digits = 0 if max(abs(mean), std) >= 1000 else 1
+    return number(mean, digits) if math.isnan(std) else f"{number(mean, digits)} ± {number(std, digits)}"
 
 
 def over_seeds(values: pd.Series) -> str:
@@ -339,12 +353,11 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
 
 
 def final_returns(runs: pd.DataFrame) -> pd.Series:
-    """By environment, steps and variant; with the number of seeds unless it is the same everywhere."""
+    """By environment, steps and variant; with the number of seeds where it is not the usual one."""
     groups = runs.groupby(["environment", "steps", "variant"], sort=False)
     returns, seeds = groups["final_return"].agg(over_seeds), groups["seed"].agg(counted)
-    if seeds.nunique() == 1 and seeds.iloc[0].isdigit():
-        return returns
-    return returns + (" (" + seeds + " seeds)").replace(" (1 seeds)", " (1 seed)")
+    noted = (" (" + seeds + " seeds)").replace(" (1 seeds)", " (1 seed)")
+    return returns + noted.mask((seeds == seeds.mode()[0]) & seeds.str.isdigit(), "")
 
 
 def variants_table(runs: pd.DataFrame, args: Args) -> str:
@@ -354,22 +367,24 @@ def variants_table(runs: pd.DataFrame, args: Args) -> str:
 
 
 def best_table(runs: pd.DataFrame, args: Args) -> str:
-    """One row per environment and number of steps."""
+    """One row per environment: what is recommended there after each number of steps, and the default at the end."""
     recommended = dict(text.partition(" ")[::2] for text in args.recommended)
     unknown = ", ".join(sorted(set(recommended) - set(runs["environment"])))
     exit_unless(not unknown, f"something is recommended for {unknown}, of which there is no run")
     returns, rows = final_returns(runs), []
-    for (env_id, steps), of_task in runs.groupby(["environment", "steps"], sort=False):
+    for env_id, of_task in runs.groupby("environment", sort=False):
         variant = recommended.get(env_id, "default")
         ours = of_task[of_task["variant"] == variant]
-        exit_unless(len(ours), f"no run of {steps:,} steps on {env_id} is of the recommended variant {variant}")
-        row = {"environment": env_id, "steps": steps, "untrained": number(ours["untrained"].mean())}
-        row |= {"ours, default": returns.get((env_id, steps, "default")), "recommended": variant}
-        row |= {"ours, recommended": returns[env_id, steps, variant], "best published": "—"}
+        exit_unless(len(ours), f"no run on {env_id} is of the recommended variant {variant}")
+        steps = ours["steps"].max()
+        row = {"environment": env_id, "recommended": f"`{variant}`" if variant != "default" else variant}
+        row |= {"untrained": number(ours["untrained"].mean())}
+        row |= {"default, at the end": returns.get((env_id, steps, "default"))}
+        row |= {f"recommended, {each:,} steps": returns[env_id, each, variant] for each in sorted(set(ours["steps"]))}
         if best := best_published(ours["flags"].iloc[0], steps):
-            row["best published"] = mean_and_std(best["mean"], best["std"])
-            by = best["source"].split(",")[0], best["implementation"], best["env_version"], f"{best['seeds']} seeds"
-            row |= {"by": ", ".join(by), "verdict": verdict(ours["final_return"], best)}
+            row |= {"best published": mean_and_std(best["mean"], best["std"])}
+            row |= {"by": f"{best['source'].split(',')[0]}, {best['env_version']}, {best['seeds']} seeds"}
+            row |= {"verdict": verdict(ours["final_return"][ours["steps"] == steps], best)}
         rows.append(row)
     return table(pd.DataFrame(rows, dtype=object))
 
@@ -478,6 +493,7 @@ def export(runs: pd.DataFrame, folder: Path):
         exit_unless(not different, f"{target} holds another run of that name: remove one of them first")
 
 
+MORE = "<!-- more -->"  # with --show file, what follows stays there
 SECTION = re.compile(r"(<!-- results:([\w-]+):begin(.*?)-->\n).*?(<!-- results:\2:end -->)", re.DOTALL)
 
 
@@ -493,7 +509,7 @@ def section(page: Path, name: str, flags: str, figures: Path) -> str:
         paths += found
     args.runs = tuple(paths)
     if args.show == "file":
-        return "".join(path.read_text(encoding="utf-8") for path in args.runs)
+        return "".join(path.read_text(encoding="utf-8").partition(MORE)[0] for path in args.runs)
     runs = read_runs(args)
     tables = {"variants": variants_table, "best": best_table, "table": results_table}
     if args.show in tables:

@@ -339,6 +339,7 @@ def report(args: Args, folder: Path):
         yield f"GPU: {about['hardware']['gpu']}."
     yield from (f"\n{line}" for line in skipped)
     yield from training_tables(args, [*entries, *older.values()], pairs)
+    yield "\n<!-- more -->"  # a page shows what is above: report.py --show file
     if gpu:
         yield from gpu_table(args, [e for e in ours if "--no-cuda" not in e.flags and not e.environment])
     else:

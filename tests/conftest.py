@@ -3,6 +3,7 @@
 import ast
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +129,21 @@ def cli(tmp_path, monkeypatch):
         exec(compile(ast.Module(block.body, []), script.__file__, "exec"), dict(vars(script)))
 
     return cli
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(f, ...) is the one line with which this call exits with code 2."""
+
+    def refused(function, *args, **flags) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            function(*args, **flags)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2 and out == "" and re.fullmatch("error: .+\n", err), (out, err)
+        return err.strip()
+
+    return refused
 
 
 def command(script, **flags) -> list[str]:

@@ -16,11 +16,10 @@ class Walk(gym.Env):
     action_space = Box(-1, 1, (1,), np.float32)  # one for all instances, as in many environments
     made = []  # every instance since the list was last emptied; the first is the one that a run trains on
 
-    def __init__(self, render_mode=None, size=2, length=5, action=None):
+    def __init__(self, render_mode=None, size=2, length=5):
         self.render_mode, self.size, self.length = render_mode, size, length
         if size != 2:
             self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
-        self.action_space = action or self.action_space
         self.seeds, self.starts, self.actions = [], [], []
         self.made.append(self)
 
@@ -45,7 +44,7 @@ class Walk(gym.Env):
         return self.observe(), {}
 
     def step(self, action):
-        self.actions.append(float(np.ravel(action)[0]))
+        self.actions.append(float(action[0]))
         self.x += 0.1 * self.actions[-1]
         self.t += 1
         obs, reward = self.twist(self.observe(), float(self.t - 1))
@@ -64,11 +63,19 @@ class Unfilmable(Walk):
         raise RuntimeError("no GL\nhere")
 
 
+class Unmakeable(Walk):
+    def __init__(self, of_type=None, **kwargs):
+        if of_type is None:
+            assert len(kwargs) > 9
+        len(7)
+
+
 # Random generators
 
 
 def draw_globally():
-    return float(np.random.uniform() + random.random() + torch.rand(()))
+    """NumPy makes two normal numbers and keeps the second."""
+    return float(np.random.uniform() + np.random.normal() + random.random() + torch.rand(()))
 
 
 def seed_globally(seed):
@@ -78,7 +85,11 @@ def seed_globally(seed):
 
 
 class Seeder(Walk):
-    """Seeds what it can when it is given a seed, and draws its starts from there."""
+    """Seeds what it can when it is made and when it is given a seed, and draws its starts from there."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        seed_globally(0), draw_globally()
 
     def start(self):
         return draw_globally()
@@ -90,53 +101,22 @@ class Seeder(Walk):
         return super().reset(seed=seed)
 
 
-class Normal(Walk):
-    """Draws one normal number at each start, from NumPy's global generator, which makes two and keeps the second."""
+class OtherGenerator(Walk):
+    """Draws from another generator than Gymnasium's from its first reset on; as in Gym before 0.26, from the first."""
 
-    def start(self):
-        return np.random.normal()
-
-
-class ConstructorDraws(Walk):
-    def __init__(self, **kwargs):
+    def __init__(self, kind, early=False, **kwargs):
         super().__init__(**kwargs)
-        draw_globally(), np.random.normal()
+        self.kind = kind
+        if early:
+            self.set_generator(0)
 
-
-class ConstructorSeeds(Walk):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        seed_globally(0)
-
-
-class OldGenerator(Walk):
-    """As in Gym before 0.26."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.np_random = np.random.RandomState(0)
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.np_random = np.random.RandomState(seed)
-        return super().reset()
-
-
-class LateOldGenerator(Walk):
-    """Has it only from its first reset on."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None or not isinstance(self.np_random, np.random.RandomState):
-            self.np_random = np.random.RandomState(seed)
-        return super().reset()
-
-
-class LateOtherGenerator(Walk):
-    """From its first reset on, another one than Gymnasium's."""
+    def set_generator(self, seed):
+        old = self.kind == "RandomState"
+        self.np_random = np.random.RandomState(seed) if old else np.random.Generator(np.random.MT19937(seed))
 
     def reset(self, *, seed=None, options=None):
         if seed is not None or not self.seeds:
-            self.np_random = np.random.Generator(np.random.MT19937(seed))
+            self.set_generator(seed)
         return super().reset()
 
 
@@ -155,63 +135,27 @@ def counted(**kwargs):
     return gym.wrappers.RecordEpisodeStatistics(Walk(**kwargs))
 
 
-gym.register("Counted-v0", counted, max_episode_steps=9)
-
-# What cannot be made
-
-
-class BareAssert(Walk):
-    def __init__(self, **kwargs):
-        assert len(kwargs) > 9
-
-
-class MissingGoal(Walk):
-    def __init__(self, **kwargs):
-        kwargs["goal"]
-
-
-class WrongType(Walk):
-    def __init__(self, **kwargs):
-        len(7)
-
-
 # Observations
 
 
-class Observes(Walk):
-    """An observation space of any kind, and observations from it, which hold where the walk stands."""
+class Grid(Walk):
+    """Looks like an image, and is none."""
 
-    def __init__(self, space, **kwargs):
-        super().__init__(**kwargs)
-        self.observation_space = space
+    observation_space = Box(0, 1, (4, 4, 3), np.float32)
 
     def observe(self):
-        return self.within(self.observation_space)
-
-    def within(self, space):
-        if isinstance(space, Dict):
-            return {name: self.within(part) for name, part in space.items()}
-        if isinstance(space, Tuple):
-            return tuple(map(self.within, space))
-        if isinstance(space, Discrete):
-            return np.int64(self.t % space.n)
-        return np.clip(np.full(space.shape, self.x), space.low, space.high).astype(space.dtype)
+        return np.full((4, 4, 3), self.t / 10, np.float32)
 
 
-POSITION = Box(-9, 9, (2,), np.float32)
-OBSERVATIONS = {
-    "Dict": Dict(position=POSITION, leg=Discrete(3), more=Dict(map=Box(-1, 1, (2, 2), np.float32))),
-    "Tuple": Tuple((POSITION, Box(-1, 1, (1,), np.float64))),
-    "UnitGrid": Box(0, 1, (4, 4, 3), np.float32),
-    "SignedGrid": Box(-1, 1, (4, 4, 3), np.float32),
-    "Image": Box(0, 255, (16, 16, 3), np.uint8),
-    "FloatImage": Box(0, 255, (16, 16, 3), np.float32),
-}
-for name, space in OBSERVATIONS.items():
-    gym.register(f"{name}-v0", Observes, kwargs=dict(space=space))
-for name, shape in dict(MatrixAction=(1, 1), NumberAction=()).items():
-    gym.register(f"{name}-v0", Walk, kwargs=dict(action=Box(-1, 1, shape, np.float32)))
-WALKS = [Walk, OtherWalk, Unfilmable, Seeder, Normal, ConstructorDraws, ConstructorSeeds]
-WALKS += [OldGenerator, LateOldGenerator, LateOtherGenerator, NoGenerator, BareAssert, MissingGoal, WrongType]
+class Parts(Walk):
+    observation_space = Dict(leg=Discrete(3), more=Tuple([Box(-9, 9, (2,), np.float32), Box(-9, 9, (2, 2))]))
+
+    def observe(self):
+        x = np.float32(self.x)
+        return {"leg": np.int64(self.t % 3), "more": (np.full(2, x), np.full((2, 2), x))}
+
+
+WALKS = [Walk, OtherWalk, Unfilmable, Unmakeable, Seeder, OtherGenerator, NoGenerator, Grid, Parts]
 for walk in WALKS:
     gym.register(f"{walk.__name__}-v0", walk)
+gym.register("Counted-v0", counted, max_episode_steps=9)

@@ -115,8 +115,10 @@ UNSUITABLE = {
     "HugeAction": dict(action=Box(-3e38, 3e38, (1,), np.float32)),
     "PointAction": dict(action=Box(np.float32([0, 1]), np.float32([1, 1]))),
     "MatrixAction": dict(action=Box(-1, 1, (2, 2), np.float32)),
+    "NumberAction": dict(action=Box(-1, 1, (), np.float32)),
     "SequenceObs": dict(obs=Sequence(Box(-1, 1, (1,)))),
     "ImageObs": dict(obs=Box(0, 255, (64, 64, 3), np.uint8)),
+    "FloatImageObs": dict(obs=Box(0, 255, (64, 64, 3), np.float32)),
 }
 for name, kwargs in UNSUITABLE.items():
     gym.register(f"{name}-v0", Point, kwargs=kwargs)

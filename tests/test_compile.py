@@ -16,34 +16,35 @@ CASES = {
 PENDULUM_STEP = "gymnasium.envs.classic_control.pendulum.PendulumEnv.step"
 
 
+def after_11_updates(script, **flags):
+    """An agent after 11 updates, two of them of the critic alone, and what the last one logs."""
+    torch.manual_seed(0)
+    learner, buffer = agent(script, **flags), script.ReplayBuffer(200, 3, 1, CPU)
+    for obs, action, reward, next_obs, discount in zip(*random_batch(script, n=200), strict=True):
+        buffer.add(obs, action, float(reward), next_obs, float(discount))
+
+    def learn(update_actor):
+        batch = buffer.sample(32)
+        return learner.update(batch, update_actor), batch
+
+    _, learn = script.accelerated(learner, buffer, learn)
+    return learner, [learn(step % 5 != 4)[0] for step in range(11)][-1]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_update_follows_the_eager_one(case):
-    """With the same random numbers: after 11 updates, two of them of the critic alone, only rounding differs."""
     script, flags = CASES[case]
-    agents, losses = [], []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        learner, buffer = agent(script, compile=compiled, **flags), script.ReplayBuffer(200, 3, 1, CPU)
-        for obs, action, reward, next_obs, discount in zip(*random_batch(script, n=200), strict=True):
-            buffer.add(obs, action, float(reward), next_obs, float(discount))
-
-        def learn(update_actor, learner=learner, buffer=buffer):
-            batch = buffer.sample(32)
-            return learner.update(batch, update_actor), batch
-
-        _, learn = script.accelerated(learner, learn)
-        losses.append([learn(step % 5 != 4)[0] for step in range(11)][-1])
-        agents.append(learner)
+    eager, expected = after_11_updates(script, **flags)
+    compiled, logged = after_11_updates(script, compile=True, **flags)
     rounding = 2e-5 if script is tuned else 2e-4  # the paper's first gradients are as small as Adam's epsilon
     for name in "actor", "qf", "target_actor", "target_qf":
-        eager, compiled = (felt_weights(getattr(each, name)) for each in agents)
-        assert (eager - compiled).abs().max() < rounding * eager.abs().max(), name
-    for tag, value in losses[0].items():
-        assert float(losses[1][tag]) == pytest.approx(float(value), rel=1e-3), tag
-    for optimizer, updates in ("actor_optimizer", 9), ("qf_optimizer", 11):
-        states = [getattr(each, optimizer).state_dict()["state"] for each in agents]
-        assert states[0].keys() == states[1].keys() and float(states[0][0]["step"]) == updates
-        assert float(states[1][0]["step"]) == updates
+        one, other = felt_weights(getattr(eager, name)), felt_weights(getattr(compiled, name))
+        assert (one - other).abs().max() < rounding * one.abs().max(), name
+    for tag, value in expected.items():
+        assert float(logged[tag]) == pytest.approx(float(value), rel=1e-3), tag
+    for name, updates in ("actor_optimizer", 9), ("qf_optimizer", 11):
+        one, other = (getattr(each, name).state_dict()["state"] for each in (eager, compiled))
+        assert one.keys() == other.keys() and float(one[0]["step"]) == float(other[0]["step"]) == updates
 
 
 def test_a_compiled_run_resumes_to_the_same_bytes_in_another_process(tmp_path):
@@ -60,8 +61,8 @@ def test_a_compiled_run_resumes_to_the_same_bytes_in_another_process(tmp_path):
     assert outcome(stopped / "runs/x") == outcome(whole / "runs/x")
 
 
-def test_without_a_compiler_it_says_so_before_training(script, tmp_path):
-    done = process(command(script, compile=True, cuda=False), tmp_path, CXX="/no/such/compiler")
+def test_without_a_compiler_it_says_so_before_training(tmp_path):
+    done = process(command(tuned, compile=True, cuda=False), tmp_path, CXX="/no/such/compiler")
     assert done.returncode == 2 and "error: --compile needs a C++ compiler, such as g++" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("runs/*"))
 

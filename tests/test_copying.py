@@ -11,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SCRIPTS, agent
+from conftest import CPU, ROOT, agent
 from test_resume import ANY_STEP, KILL, before, outcome
 from test_resume import run as run_process
 
-FLAGS = "--env-id Pendulum-v1 --total-timesteps 300 --learning-starts 80 --batch-size 16 --buffer-size 250"
-FLAGS += " --checkpoint-interval 200 --eval-interval 200 --eval-episodes 1 --final-eval-episodes 1"
-FLAGS += " --num-threads 1 --no-cuda --run-name x"
-IN_THE_MIDDLE = before(ANY_STEP, 450, KILL)  # at step 250: an evaluation took 200
+FLAGS = "--env-id Pendulum-v1 --total-timesteps 120 --learning-starts 40 --batch-size 16 --buffer-size 90"
+FLAGS += " --checkpoint-interval 80 --eval-interval 80 --eval-episodes 1 --final-eval-episodes 1"
+FLAGS += ' --num-threads 1 --no-cuda --run-name x --env-kwargs {"max_episode_steps":20}'
+FLAGS += " --pre-tanh-l2 0.1 --device mine --path a/b --format 7 --script other --hidden 3 4"
+IN_THE_MIDDLE = before(ANY_STEP, 120, KILL)  # at step 100: an evaluation took 20
 
 # Changes: pairs of the script's text and the user's
 
@@ -42,27 +43,8 @@ SECOND_CRITIC = {
     "*self.qf.parameters()]\n": "*self.qf.parameters(), *self.qf2.parameters()]\n",
 }
 SELF_ARGS = "        self.args, self.device = args, device\n"
-MODULE_NOISE = {
+NOISE = {
     SELF_ARGS: f"{SELF_ARGS}        self.noise = MyNoise(self.actor.action_scale)\n",
-    "class DDPG:": """\
-class MyNoise(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("walk", torch.zeros_like(scale))
-
-    def reset(self):
-        pass
-
-    def sample(self):
-        self.walk.mul_(0.99).add_(0.1 * torch.randn_like(self.walk))
-        return self.scale * self.walk
-
-
-class DDPG:""",
-}
-NUMPY_NOISE = {
-    SELF_ARGS: MODULE_NOISE[SELF_ARGS],
     "class DDPG:": """\
 class MyNoise:
     def __init__(self, scale):
@@ -84,37 +66,19 @@ class MyNoise:
 
 class DDPG:""",
 }
+NORMALISE = "        obs = F.batch_norm(obs, self.obs_norm.running_mean, self.obs_norm.running_var)\n"
 NORMALISER = {
     SELF_ARGS: f"""{SELF_ARGS}\
-        self.obs_norm = RunningNorm(*obs_space.shape).to(device)
+        self.obs_norm = nn.BatchNorm1d(*obs_space.shape, affine=False).to(device)
         for network in self.actor, self.qf, self.target_actor, self.target_qf:
             network.obs_norm = self.obs_norm
 """,
-    "    def forward(self, obs, action):\n": "    def forward(self, obs, action):\n        obs = self.obs_norm(obs)\n",
-    "    def forward(self, obs):\n": "    def forward(self, obs):\n        obs = self.obs_norm(obs)\n",
-    "        self.action = self.explore()\n": """\
-        self.obs_norm.update(self.obs[0])
-        self.action = self.explore()
+    "    def forward(self, obs, action):\n": f"    def forward(self, obs, action):\n{NORMALISE}",
+    "    def forward(self, obs):\n": f"    def forward(self, obs):\n{NORMALISE}",
+    "        qf_loss, q = self.critic_loss(batch)\n": """\
+        self.obs_norm.train()(batch.obs)
+        qf_loss, q = self.critic_loss(batch)
 """,
-    "class DDPG:": """\
-class RunningNorm(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-
-    def update(self, obs):
-        self.count += 1
-        delta = obs - self.mean
-        self.mean += delta / self.count
-        self.var += (delta * (obs - self.mean) - self.var) / self.count
-
-    def forward(self, obs):
-        return (obs - self.mean) / (self.var.sqrt() + 1e-3)
-
-
-class DDPG:""",
 }
 PRIORITIES = {
     "        self.added = 0\n": """\
@@ -157,20 +121,21 @@ NEW_FLAGS = {  # one for a penalty, and some with names that a run's files use
         return loss + self.penalty
 """,
 }
-MY_FLAGS = "--pre-tanh-l2 0.1 --device mine --path a/b --format 7 --script other --hidden 3 4"
 
 
-def differ(one: dict, other: dict) -> bool:
-    return not all(torch.equal(one[name], other[name]) for name in one)
-
-
-CHANGES = {  # the new lines, the new flags, and what shows in a checkpoint that they did something
-    "a second critic": (SECOND_CRITIC, "", lambda agent, _: differ(agent["qf2"], agent["target_qf2"])),
-    "a noise": (MODULE_NOISE, "", lambda agent, _: agent["noise"]["walk"] != 0),
-    "a noise in NumPy": (NUMPY_NOISE, "", lambda agent, _: agent["noise"]["walk"] != [0]),
-    "a normaliser": (NORMALISER, "", lambda agent, _: agent["obs_norm"]["count"] == 120),
-    "prioritised sampling": (PRIORITIES, "", lambda _, buffer: len(set(buffer["priorities"].tolist())) > 50),
-    "new flags": (NEW_FLAGS, MY_FLAGS, lambda agent, _: agent["penalty"] > 0),
+COPIES = {  # what is changed, and what shows in a checkpoint that it did something
+    "a second critic and a noise": (
+        SECOND_CRITIC | NOISE | NEW_FLAGS,
+        lambda agent, _: (
+            not agent["qf2"]["fc3.weight"].equal(agent["target_qf2"]["fc3.weight"]) and agent["noise"]["walk"] != [0]
+        ),
+    ),
+    "a normaliser and prioritised sampling": (
+        NORMALISER | PRIORITIES | NEW_FLAGS,
+        lambda agent, buffer: (
+            agent["obs_norm"]["num_batches_tracked"] == 40 and len(set(buffer["priorities"].tolist())) > 50
+        ),
+    ),
 }
 
 
@@ -182,58 +147,45 @@ def changed(script, changes: dict[str, str]) -> str:
     return source
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_resumes_to_the_same_bytes(script, change, tmp_path):
-    lines, flags, did_something = CHANGES[change]
-    (tmp_path / "mine.py").write_text(changed(script, lines))
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+@pytest.mark.parametrize("changes, did_something", COPIES.values(), ids=COPIES)
+def test_a_changed_copy_resumes_to_the_same_bytes(script, changes, did_something, tmp_path):
+    """Its flags are kept, and --evaluate reproduces the last evaluation: episodes of one start, and no other seed's."""
+    mine, whole, killed = (tmp_path / name for name in ("mine.py", "whole", "killed"))
+    mine.write_text(changed(script, changes))
     whole.mkdir(), killed.mkdir()
-    ended = run_process(whole, tmp_path / "mine.py", f"{FLAGS} {flags}")
+    ended = run_process(whole, mine, FLAGS)
     assert ended.code == 0, ended.output
-    ended = run_process(killed, tmp_path / "mine.py", f"{FLAGS} {flags} --total-timesteps 260", IN_THE_MIDDLE)
+    ended = run_process(killed, mine, f"{FLAGS} --total-timesteps 110", IN_THE_MIDDLE)
     assert ended.code == -signal.SIGKILL, ended.output
     checkpoint = torch.load(killed / "runs/x/checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == 200 and did_something(checkpoint["agent"], checkpoint["buffer"])
-    ended = run_process(killed, tmp_path / "mine.py", "--resume runs/x --total-timesteps 300")
+    assert checkpoint["global_step"] == 80 and checkpoint["agent"]["penalty"] > 0
+    assert did_something(checkpoint["agent"], checkpoint["buffer"])
+    ended = run_process(killed, mine, "--resume runs/x --total-timesteps 120")
     assert ended.code == 0, ended.output
     assert outcome(killed / "runs/x") == outcome(whole / "runs/x")
 
-
-def test_a_normaliser_is_part_of_the_model(script, tmp_path):
-    """--evaluate reproduces the last evaluation: episodes of one start, and no other seed's."""
-    (tmp_path / "mine.py").write_text(changed(script, NORMALISER))
-    assert run_process(tmp_path, tmp_path / "mine.py", f"{FLAGS} --total-timesteps 200").code == 0
-    mean = float((tmp_path / "runs/x/eval.csv").read_text().splitlines()[-1].split(",")[1])
-    ended = run_process(tmp_path, tmp_path / "mine.py", "--evaluate runs/x")
-    assert ended.output == f"Pendulum-v1 after 200 steps: {mean:.2f} ± 0.00 over 1 episode\n"
-
-
-def test_the_flags_of_a_copy_are_kept(script, tmp_path):
-    (tmp_path / "mine.py").write_text(changed(script, NEW_FLAGS))
-    assert run_process(tmp_path, tmp_path / "mine.py", f"{FLAGS} {MY_FLAGS} --total-timesteps 200").code == 0
-    args = json.loads((tmp_path / "runs/x/args.json").read_text())["args"]
+    args = json.loads((killed / "runs/x/args.json").read_text())["args"]
     expected = dict(pre_tanh_l2=0.1, device="mine", path="a/b", format=7, script="other", hidden=[3, 4])
     assert repr({name: args[name] for name in expected}) == repr(expected)
-    ended = run_process(tmp_path, tmp_path / "mine.py", "--evaluate runs/x")
-    assert ended.code == 0 and ended.output.startswith("Pendulum-v1 after 200 steps"), ended.output
+    mean = float((killed / "runs/x/eval.csv").read_text().splitlines()[-1].split(",")[1])
+    ended = run_process(killed, mine, "--evaluate runs/x")
+    assert ended.output == f"Pendulum-v1 after 120 steps: {mean:.2f} ± 0.00 over 1 episode\n"
 
 
 # Attributes of an agent and of a buffer
 
-ATTRIBUTES = {  # as made by __init__, and as training leaves it
-    "tensor": (torch.zeros(2), torch.ones(2)),
-    "tensor of another shape and type": (torch.zeros(2), torch.ones(3, dtype=torch.int16)),
-    "tensor of another type": (torch.zeros(2), torch.ones(2, dtype=torch.int16)),
-    "parameter": (torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.ones(2))),
-    "tensor with a gradient": (torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)),
-    "number": (0, 3),
-    "nothing at first": (None, torch.ones(2)),
-    "list that grows": ([], [torch.ones(2), 2.5, (1, "a", None, True)]),
-    "tuple": ((1, torch.zeros(1)), (2, torch.ones(1))),
-    "set": (set(), {1, 2}),
-    "dict": ({"a": torch.zeros(1)}, {"a": torch.ones(1), 3: 4}),
-    "dict that shrinks": ({"a": 1, "b": 2}, {"a": 3}),
-}
+ATTRIBUTES = [  # as made by __init__, and as training leaves it
+    (torch.zeros(2), torch.ones(3, dtype=torch.int16)),
+    (torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.ones(2))),
+    (torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)),
+    (0, 3),
+    (None, torch.ones(2)),
+    ([], [torch.ones(2), 2.5, (1, "a", None, True)]),
+    ((1, torch.zeros(1)), (2, torch.ones(1))),
+    (set(), {1, 2}),
+    ({"a": torch.zeros(1)}, {"a": torch.ones(1), 3: 4}),
+    ({"a": 1, "b": 2}, {"a": 3}),
+]
 
 
 def same(one, other) -> bool:
@@ -253,23 +205,16 @@ def parts(script):
     return [agent(script), script.ReplayBuffer(10, 3, 1, CPU)]
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_an_attribute_comes_back_from_a_checkpoint_as_it_was(script, name):
-    at_first, later = ATTRIBUTES[name]
+@pytest.mark.parametrize("at_first, later", ATTRIBUTES)
+def test_an_attribute_comes_back_from_a_checkpoint_as_it_was(script, at_first, later):
+    """Named as one likes: a buffer may have an `obs`, too."""
     for one, other in zip(parts(script), parts(script), strict=True):
-        file, one.extra, other.extra = io.BytesIO(), copy.deepcopy(later), copy.deepcopy(at_first)
-        torch.save(one.state_dict(), file)
+        name = "obs" if isinstance(one, script.ReplayBuffer) else "extra"
+        setattr(one, name, copy.deepcopy(later)), setattr(other, name, copy.deepcopy(at_first))
+        torch.save(one.state_dict(), file := io.BytesIO())
         file.seek(0)
         other.load_state_dict(torch.load(file, weights_only=True))
-        assert same(other.extra, later)
-
-
-@pytest.mark.parametrize("name", ["obs", "action", "noise"])
-def test_a_buffer_names_its_attributes_as_it_likes(script, name):
-    (_, one), (_, other) = parts(script), parts(script)
-    setattr(one, name, torch.ones(2)), setattr(other, name, torch.zeros(2))
-    other.load_state_dict(one.state_dict())
-    assert same(getattr(other, name), torch.ones(2))
+        assert same(getattr(other, name), later)
 
 
 class Pair(NamedTuple):
@@ -281,49 +226,47 @@ class Plain:
     pass
 
 
-UNHOLDABLE = {
-    "an array": lambda: np.zeros(2),
-    "a NumPy number": lambda: np.float64(0.1),
-    "an array in a dict": lambda: {"a": [np.zeros(2)]},
-    "a plain object": Plain,
-    "a named tuple": lambda: Pair(1, 2),
-    "a list of networks": lambda: [torch.nn.Linear(1, 1)],
-    "a generator": lambda: (i for i in range(3)),
-    "a deque": lambda: collections.deque(),
-    "a defaultdict": lambda: collections.defaultdict(int),
-    "a list of a class of its own": lambda: type("Mine", (list,), {})([1]),
-    "torch's random generator": torch.Generator,
-    "NumPy's random generator": np.random.default_rng,
-    "Python's random generator": random.Random,
-    "an open file": lambda: open(__file__),
-}
+UNHOLDABLE = [  # one of each way to be none of the above
+    np.float64(0.1),
+    {"a": [np.zeros(2)]},
+    Plain(),
+    Pair(1, 2),
+    [torch.nn.Linear(1, 1)],
+    (i for i in range(3)),
+    collections.defaultdict(int),
+    type("Mine", (list,), {})([1]),
+    torch.Generator(),
+    random.Random(),
+]
 
 
-def assert_refused(run, script, capsys, part: str, value):
-    with pytest.raises(SystemExit) as exit:
-        run(script)
-    assert exit.value.code == 2
+def unholdable(part: str, value) -> str:
     what = f"extra of {part}, a {type(value).__name__}"
     remedy = "make it a tensor or plain values, or give it state_dict and load_state_dict"
-    assert capsys.readouterr().err == f"error: no checkpoint can hold {what}: {remedy}\n"
+    return f"error: no checkpoint can hold {what}: {remedy}"
 
 
 @pytest.mark.parametrize("part", ["DDPG", "ReplayBuffer"])
-@pytest.mark.parametrize("script, name", [(script, name) for script in SCRIPTS for name in UNHOLDABLE])
-def test_what_no_checkpoint_can_hold_is_refused_before_training(script, name, part, run, monkeypatch, capsys, tmp_path):
-    value, made = UNHOLDABLE[name](), getattr(script, part).__init__
-    monkeypatch.setattr(
-        getattr(script, part), "__init__", lambda self, *args: made(self, *args) or setattr(self, "extra", value)
-    )
-    assert_refused(run, script, capsys, part, value)
+def test_what_no_checkpoint_can_hold_is_refused_before_training(script, part, run, refused, monkeypatch, tmp_path):
+    made = getattr(script, part).__init__
+    for value in UNHOLDABLE:
+
+        def make(self, *args, value=value):
+            made(self, *args)
+            self.extra = value
+
+        monkeypatch.setattr(getattr(script, part), "__init__", make)
+        assert refused(run, script) == unholdable(part, value)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_no_checkpoint_can_hold_is_refused_when_an_update_brings_it(script, run, made, monkeypatch, capsys):
     """And not at the first checkpoint, hours later."""
-    update, runs = script.DDPG.update, made(script, "Run")
+    runs, update = made(script, "Run"), script.DDPG.update
     monkeypatch.setattr(
-        script.DDPG, "update", lambda self, *args: setattr(self, "extra", Plain()) or update(self, *args)
+        script.DDPG, "update", lambda self, *args: vars(self).update(extra=Plain()) or update(self, *args)
     )
-    assert_refused(run, script, capsys, "DDPG", Plain())
+    with pytest.raises(SystemExit) as ended:
+        run(script, checkpoint_interval=0)
+    assert ended.value.code == 2 and capsys.readouterr().err == unholdable("DDPG", Plain()) + "\n"
     assert runs[0].global_step == 41  # learning starts after 40

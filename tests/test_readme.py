@@ -7,16 +7,17 @@ import ast
 import importlib.util
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, environment, eval_rows, model, paper, scalars, tuned
+from conftest import ROOT, SCRIPTS, agent, eval_rows, model, paper, random_batch, scalars, tuned
 from PIL import Image
+from test_copying import changed
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import film
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)")
@@ -35,7 +36,7 @@ def line_of(script: str, name: str) -> int:
 
 def refreshed(text: str) -> str:
     text = LINK.sub(lambda link: f"[`{link[1]}`]({link[2]}#L{line_of(link[2], link[1])})", text)
-    measured = SPEED.search((ROOT / "benchmark/results/throughput.md").read_text())
+    measured = SPEED.search((ROOT / "benchmark/results/throughput_zen4.md").read_text())
     of_today = re.sub(r"\| \S+ at .*\n", "", measured[0])  # not what an earlier commit did
     return SPEED.sub(lambda _: of_today, text)
 
@@ -62,36 +63,23 @@ def test_algorithm_1_is_mapped_as_in_the_docstring(script):
         assert names == named or ("random process" in line and set(named) <= set(names)), line
 
 
-def changed(script: str, diff: str) -> str:
-    """The script after the edits of a diff whose hunks name a place instead of line numbers."""
-    source = (ROOT / script).read_text()
-    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
-        lines = [line or " " for line in hunk.splitlines()]
-        before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
-        after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
-        assert source.count(before) == 1, f"README.md changes lines that are not there, or not once:\n{before}"
-        source = source.replace(before, after)
-    return source
-
-
-def loaded(path: Path):
-    """A module of its own, as `python PATH` would have it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def copy_of_tuned(tmp_path, monkeypatch):
-    """copy_of_tuned(diff) is a changed copy of the script as a module."""
+    """copy_of_tuned(diff) is a copy of the script, changed by a diff whose hunks name a place, as a module."""
 
     def copied(diff):
+        changes = {}
+        for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+            lines = [line or " " for line in hunk.splitlines()]
+            before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in signs) for signs in (" -", " +"))
+            changes[before] = after
         path = tmp_path / "ddpg_changed.py"
-        path.write_text(changed("ddpg_continuous_action.py", diff))
-        monkeypatch.setitem(sys.modules, path.stem, None)  # put back when the test is over
-        return loaded(path)
+        path.write_text(changed(tuned, changes))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look there
+        spec.loader.exec_module(module)
+        return module
 
     return copied
 
@@ -106,10 +94,11 @@ def test_changes_train_are_checkpointed_and_resume_exactly(change, run, copy_of_
     whole = model(run(script, **EXACT | dict(total_timesteps=150, run_name="whole")))
     part = run(script, **EXACT | dict(run_name="part"))
     script.main(script.args_of(str(part), total_timesteps=150))
-    assert set(whole) == set(model(part))
-    for name in ("actor", "qf", "qf2", "obs_norm"):
-        for key, weights in whole.get(name, {}).items():
-            assert torch.equal(weights, model(part)[name][key]), (name, key)
+    resumed = model(part)
+    assert whole.keys() == resumed.keys() and {"qf2", "obs_norm"} & whole.keys()
+    for name in whole.keys() & {"actor", "qf", "qf2", "obs_norm"}:
+        for key, weights in whole[name].items():
+            assert torch.equal(weights, resumed[name][key]), (name, key)
 
 
 def test_running_normalisation_follows_the_batches_and_evaluates_alike(run, copy_of_tuned, capsys):
@@ -119,43 +108,24 @@ def test_running_normalisation_follows_the_batches_and_evaluates_alike(run, copy
     obs_norm = model(run_dir)["obs_norm"]
     assert obs_norm["num_batches_tracked"] == 80
     assert obs_norm["running_var"].max() < 1 and obs_norm["running_mean"].any()
-    mean = float((run_dir / "eval.csv").read_text().splitlines()[-1].split(",")[1])
     capsys.readouterr()
     script.main(script.args_of(str(run_dir), evaluate=True))
-    assert f": {mean:.2f} ±" in capsys.readouterr().out
+    assert f": {eval_rows(run_dir)[-1]['mean']:.2f} ±" in capsys.readouterr().out
 
 
 def test_the_second_critic_learns_and_lowers_the_target(run, copy_of_tuned, made):
     script = copy_of_tuned(blocks("diff")[SECOND_CRITIC])
     agents = made(script, "DDPG")
-    run_dir = run(script, policy_frequency=2, target_noise=0.2)
-    agent, start = agents[0], script.DDPG(script.Args(), *spaces(), torch.device("cpu"))
-    assert {"qf2", "qf"} <= set(model(run_dir)) and "target_qf2" not in model(run_dir)
-    trained = [network.fc3.weight for network in (agent.qf, agent.qf2, agent.target_qf2)]
-    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
-    batch = random_batch(script)
-    higher, lower = start.target_qf, start.target_qf2
-    for network, value in (higher, 5.0), (lower, 2.0), (start.qf, 0.0), (start.qf2, 0.0):
-        torch.nn.init.zeros_(network.fc3.weight)
-        torch.nn.init.constant_(network.fc3.bias, value)
+    run(script, policy_frequency=2, target_noise=0.2)
+    one, two, target = (getattr(agents[0], name).fc3.weight for name in ("qf", "qf2", "target_qf2"))
+    assert not torch.equal(one, two) and not torch.equal(two, target)
+    start, batch = agent(script), random_batch(script)
+    for name, value in dict(target_qf=5.0, target_qf2=2.0, qf=0.0, qf2=0.0).items():
+        torch.nn.init.zeros_(getattr(start, name).fc3.weight)
+        torch.nn.init.constant_(getattr(start, name).fc3.bias, value)
     loss, q = start.critic_loss(batch)
     y = batch.reward + batch.discount * 2.0
     assert torch.allclose(loss, 2 * y.square().mean()) and torch.equal(q, torch.zeros(32))
-
-
-def spaces():
-    env = gym.make("stubs:Point-v0")
-    return env.observation_space, env.action_space
-
-
-def random_batch(script):
-    return script.Batch(
-        obs=torch.randn(32, 2),
-        action=torch.rand(32, 1) * 2 - 1,
-        reward=torch.randn(32),
-        next_obs=torch.randn(32, 2),
-        discount=torch.full((32,), 0.99),
-    )
 
 
 def test_a_model_acts_in_five_lines(run, made):
@@ -187,58 +157,33 @@ def test_the_commands_set_everything_up_themselves():
 def test_flags_exist():
     """Those of the scripts, wherever the page names one."""
     own = {f"--{name.replace('_', '-')}" for script in SCRIPTS for name in script.Args.__dataclass_fields__}
-    others = {"--help", "--no-cuda", "--slurm", "--export", "--pages", "--logdir", "--upload-model", "--hf-entity"}
-    others |= {"--show", "--recommended", "--noise-clip"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) <= own | others
+    others = """help no-cuda slurm export pages logdir upload-model hf-entity noise-clip
+        show pool up-to env-ids recommended""".split()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text())) <= own | {f"--{name}" for name in others}
 
 
 def test_time_and_return_to_expect():
     """Of the training command, within a sixth of what the committed runs took and reached."""
     minutes, expected = re.search(r"about (\d+) minutes .* a return of about ([\d,]+)", README.read_text()).groups()
-    runs = ROOT.glob("benchmark/results/ddpg_continuous_action/HalfCheetah-v5*/result.json")
-    returns, seconds = [], []
-    for path in runs:
-        result = json.loads(path.read_text())
-        returns.append(result["final_return"])
-        seconds.append(result["seconds"])
-    assert float(expected.replace(",", "")) == pytest.approx(np.mean(returns), rel=1 / 6)
-    assert float(minutes) == pytest.approx(np.mean(seconds) / 60, rel=1 / 6)
+    paths = ROOT.glob("benchmark/results/ddpg_continuous_action/HalfCheetah-v5*/result.json")
+    results = [json.loads(path.read_text()) for path in paths]
+    mean = {name: np.mean([result[name] for result in results]) for name in ("final_return", "seconds")}
+    assert float(expected.replace(",", "")) == pytest.approx(mean["final_return"], rel=1 / 6)
+    assert float(minutes) == pytest.approx(mean["seconds"] / 60, rel=1 / 6)
 
 
-def final_return(run_dir: Path, up_to: int) -> float:
-    rows = [row for row in eval_rows(run_dir) if 25_000 < row["global_step"] <= up_to]
-    return np.mean([row["mean"] for row in rows[-10:]])
-
-
-def test_the_settings_returns_are_those_of_the_committed_runs():
-    """A run that went the same way twice counts once."""
-    table = re.search(r"\| task \| flags \|.*\n\|.*\n((?:\|.*\n)+)", README.read_text())[1]
-    checked = 0
-    for line in table.splitlines():
-        task, flags, *cells, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        variant = "__" + "_".join(f"{name}-{value}" for name, value in re.findall(r"--([\w-]+) ([\w-]+)", flags))
-        for steps, cell in zip((300_000, 1_000_000), cells, strict=True):
-            if cell:
-                pattern = f"{task}__ddpg_continuous_action{variant.rstrip('_')}__[123]"
-                folders = ["million"] if steps > 300_000 else ["ddpg_continuous_action", "arms", "million"]
-                runs = [run for folder in folders for run in ROOT.glob(f"benchmark/results/{folder}/{pattern}")]
-                returns = list({round(final_return(run, steps), 6) for run in runs})
-                assert cell == f"{np.mean(returns):,.0f} ± {np.std(returns, ddof=1):,.0f}", (task, steps)
-                checked += 1
-    assert checked == 9
-
-
-@pytest.mark.parametrize("ending", ["gif", "png"])
-def test_film(run, tmp_path, ending):
-    """Of a policy of either ending: as long as asked for, small, and refused when it is not."""
-    run_dir, out = run(tuned, env_id="Pendulum-v1"), tmp_path / f"film.{ending}"
-    line = [sys.executable, ROOT / "benchmark/film.py", run_dir, out, "--frames", "12", "--width", "60", "--height=40"]
-    made = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    film = Image.open(out)
-    assert film.size == (60, 40) and film.n_frames == 12 and "after 120 steps" in made.stdout
-    refused = subprocess.run([*line, "--max-mb", "0.001"], env=environment(), capture_output=True, text=True)
-    assert refused.returncode == 2 and "larger than 0.001 MB" in refused.stderr
+def test_film(run, tmp_path, capsys):
+    """Of either ending: as long as asked for, small, and refused when it is not."""
+    flags = dict(model=run(tuned, env_id="Pendulum-v1"), frames=12, width=60, height=40)
+    for ending in "gif", "png":
+        out = tmp_path / f"film.{ending}"
+        film.main(film.Args(out=out, **flags))
+        with Image.open(out) as picture:
+            assert picture.size == (60, 40) and picture.n_frames == 12
+        assert "after 120 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        film.main(film.Args(out=out, max_mb=0.001, **flags))
+    assert end.value.code == 2 and "larger than 0.001 MB" in capsys.readouterr().err
 
 
 if __name__ == "__main__":
