@@ -68,8 +68,7 @@ class Scripted(gym.Env):
 
     def render(self):
         """A picture with the episode in red, the step in green and a blue mark in the corner."""
-        picture = np.zeros((self.size, self.size, 3), np.uint8)
-        picture[..., 0], picture[..., 1] = self.episode, self.t
+        picture = np.full((self.size, self.size, 3), [self.episode, self.t, 0], np.uint8)
         picture[: self.size // 2, : self.size // 4, 2] = 200
         return picture
 

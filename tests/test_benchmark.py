@@ -334,7 +334,7 @@ def test_variants_are_labelled_with_the_flags_in_which_they_differ(tmp_path, cap
         write_run(c, "Hopper-v5", 1, [1] * 10, "my_ddpg", bonus=bonus, tau=tau, defaults=defaults)
     assert list(read_runs(c)["variant"]) == ["default", "--bonus 2", "--tau 5e-3"]
     variants = list(read_runs(a, b, c)["variant"].unique())
-    assert variants[0] == "ddpg_continuous_action" and variants[-1] == "my_ddpg --tau 0.005"
+    assert variants[0] == "ddpg_continuous_action" and variants[-1] == "my_ddpg --tau 5e-3"
 
 
 def test_returns_of_random_actions_are_no_final_returns(tmp_path):

@@ -1,7 +1,7 @@
 """The GPU path: what must hold without a GPU too, and, marked gpu, what only a GPU can show."""
 
+import contextlib
 import copy
-import json
 import subprocess
 import sys
 
@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, agent, felt_weights, paper, tuned, weights
+from conftest import ROOT, agent, eval_rows, paper, tuned, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -29,13 +29,13 @@ class Training:
         self.script, self.flags = script, flags
         self.agent = script.DDPG(script.Args(tau=0.005, **rates | flags), *SPACES, device)
         self.explore = self.agent.explore
-        buffer, rng = script.ReplayBuffer(1000, OBS_DIM, ACTION_DIM, device), np.random.default_rng(seed)
+        self.buffer, rng = script.ReplayBuffer(1000, OBS_DIM, ACTION_DIM, device), np.random.default_rng(seed)
         for _ in range(200):
             obs, next_obs = rng.normal(size=(2, OBS_DIM))
-            buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, rng.choice([0, 0.99]))
+            self.buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.normal(), next_obs, rng.choice([0, 0.99]))
 
         def learn(update_actor=True):
-            batch = buffer.sample(BATCH_SIZE)
+            batch = self.buffer.sample(BATCH_SIZE)
             return self.agent.update(batch, update_actor), batch
 
         self.learn = learn
@@ -96,81 +96,84 @@ def test_the_update_and_acting_read_nothing_back_to_the_host(training_on):
         training.learn()[0]["losses/qf1_loss"].item()
 
 
-class FakeGraph:
-    """Stands in for torch.cuda.CUDAGraph: counts its replays."""
-
-    def __init__(self):
-        self.replays = 0
-
-    def replay(self):
-        self.replays += 1
-
-
-def test_a_graphed_function_runs_warms_up_records_once_and_replays_per_argument(script, monkeypatch):
+@pytest.fixture
+def graphed(script, monkeypatch):
+    """A training, its graphed function, the graphs (stand-ins for torch's) and the calls of what is in them."""
     graphs, recording, calls = [], [], []
 
-    class Record:
-        def __init__(self, graph):
-            graphs.append(graph)
+    class Graph:
+        replays = 0
 
-        def __enter__(self):
-            recording.append(True)
+        def replay(self):
+            self.replays += 1
 
-        def __exit__(self, *exception):
-            recording.pop()
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", Record)
+    @contextlib.contextmanager
+    def record(graph):
+        graphs.append(graph)
+        recording.append(True)
+        yield
+        recording.pop()
 
     def function(argument):
         calls.append((argument, bool(recording)))
         return object()
 
-    graphed = script.cuda_graphed(function, warmup=3)
-    eager = [graphed("a") for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    training = Training(script)
+    training.agent.schedule = 1.0  # as a copy may add
+    return training, script.cuda_graphed(function, training.agent, training.buffer, warmup=3), graphs, calls
+
+
+def test_a_graphed_function_runs_warms_up_records_once_and_replays_per_argument(graphed):
+    _, call, graphs, calls = graphed
+    eager = [call("a") for _ in range(3)]
     assert calls == [("a", False)] * 3 and len(set(map(id, eager))) == 3 and not graphs
-    recorded = graphed("a")
+    recorded = call("a")
     assert calls[3:] == [("a", True)] and graphs[0].replays == 1
-    assert graphed("a") is recorded and graphs[0].replays == 2 and len(calls) == 4
+    assert call("a") is recorded and graphs[0].replays == 2 and len(calls) == 4
     for _ in range(4):
-        graphed("b")
+        call("b")
     assert len(graphs) == 2 and graphs[1].replays == 1 and graphs[0].replays == 2
 
 
-def test_the_function_to_be_graphed_gives_the_numbers_of_the_usual_style(script):
-    """Against the update as it is usually written: optimisers that loop, targets parameter by parameter."""
-    training, (actor, qf, target_actor, target_qf) = Training(script), Training(script).networks
-    actor_optimizer, qf_optimizer = (torch.optim.Adam(network.parameters(), lr=1e-3) for network in (actor, qf))
-    for network in (actor, qf, target_actor, target_qf):
-        network.train()  # as update does, where there is batch normalisation
-    for _ in range(20):
-        losses, batch = training.learn()
-        with torch.no_grad():
-            y = batch.reward + batch.discount * target_qf(batch.next_obs, target_actor(batch.next_obs))
-        qf_loss = ((y - qf(batch.obs, batch.action)) ** 2).mean()
-        qf_optimizer.zero_grad()
-        qf_loss.backward()
-        qf_optimizer.step()
-        mu_loss = -qf(batch.obs, actor(batch.obs)).mean()
-        actor_optimizer.zero_grad()
-        mu_loss.backward()
-        actor_optimizer.step()
-        with torch.no_grad():
-            for network, target in (actor, target_actor), (qf, target_qf):
-                for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
-                    target_parameter.copy_(0.005 * parameter + 0.995 * target_parameter)
-        assert losses["losses/qf1_loss"].item() == pytest.approx(qf_loss.item(), rel=1e-4)
-        assert losses["losses/actor_loss"].item() == pytest.approx(mu_loss.item(), rel=1e-4, abs=1e-5)
-    for network, usual in zip(training.networks, (actor, qf, target_actor, target_qf), strict=True):
-        torch.testing.assert_close(felt_weights(network), felt_weights(usual), rtol=1e-4, atol=2e-5)
+def test_a_number_that_an_update_may_read_has_a_graph_for_each_value(graphed):
+    """Not for each transition that is added to the buffer."""
+    training, call, graphs, calls = graphed
+    noise, optimizer = training.agent.noise, training.agent.qf_optimizer
+
+    def repeat():
+        for _ in range(5):
+            training.buffer.add(np.zeros(OBS_DIM), np.zeros(ACTION_DIM), 0.0, np.zeros(OBS_DIM), 0.0)
+            call("a")
+
+    optimizer.load_state_dict(optimizer.state_dict())  # as in a resumed run
+    repeat()
+    training.agent.schedule = 2.0
+    repeat()
+    noise.training = False
+    repeat()
+    optimizer.param_groups[0]["lr"] = 0.5
+    repeat()
+    assert [graph.replays for graph in graphs] == [2] * 4 and len(calls) == 4 * 4
+    training.agent.schedule, noise.training = 1.0, True
+    optimizer.param_groups[0]["lr"] = 1e-3
+    repeat()
+    assert [graph.replays for graph in graphs] == [7, 2, 2, 2] and len(calls) == 4 * 4
 
 
-def test_without_a_gpu_cudagraphs_are_refused_in_one_line(script, cli, tmp_path, capfd):
-    with pytest.raises(SystemExit) as end:
-        cli(script, "--cudagraphs", "--no-cuda")
-    said = capfd.readouterr()
-    assert (end.value.code, said.out, len(said.err.splitlines())) == (2, "", 1)
-    assert "CUDA" in said.err and not list(tmp_path.iterdir())
+def test_a_number_that_keeps_changing_ends_graphing_with_one_warning(graphed, capsys):
+    training, call, graphs, calls = graphed
+    for _ in range(4):
+        call("a")
+    for i in range(40):
+        training.agent.schedule = 2.0 + i
+        call("a")
+    training.agent.schedule = 1.0
+    call("a")
+    assert len(calls) == 4 + 40 + 1 and not calls[-1][1] and graphs[0].replays == 1
+    out = capsys.readouterr()
+    assert (out.out + out.err).count("warning: no CUDA graphs from here on") == 1
 
 
 class EndsAtOnce(gym.Wrapper):
@@ -183,12 +186,11 @@ class EndsAtOnce(gym.Wrapper):
 
 def test_episodes_stepped_together_have_the_numbers_of_episodes_on_their_own(script):
     """Every episode alone, with only idle rows beside it, gives to the byte what it gives in company."""
-    envs = [script.make_env(script.Args(env_id="Pendulum-v1")) for _ in range(4)]
+    envs = [gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1", max_episode_steps=50)) for _ in range(3)]
     evaluated = agent(script, low=(-2.0,), high=(2.0,))
     together = script.evaluate(evaluated, envs)
     for i in range(len(envs)):
-        company = [env if j == i else EndsAtOnce(env) for j, env in enumerate(envs)]
-        alone = script.evaluate(evaluated, company)
+        alone = script.evaluate(evaluated, [env if j == i else EndsAtOnce(env) for j, env in enumerate(envs)])
         assert [values[i] for values in alone] == [values[i] for values in together]
     assert len(set(together[0])) == len(envs)
 
@@ -211,7 +213,7 @@ def test_a_graphed_run_agrees_with_an_eager_one(training_on, compiled, side_stre
     runs = []
     for graphed in (False, True):
         training = training_on("cuda", cudagraphs=graphed, compile=graphed and compiled)
-        _, learn = training.script.accelerated(training.agent, training.learn)
+        _, learn = training.script.accelerated(training.agent, training.buffer, training.learn)
         torch.manual_seed(3)
         losses, batches = [], []
         for step in range(steps):
@@ -253,7 +255,7 @@ def test_graphed_acting_follows_the_observation_and_the_learning(training_on, si
     agent.load_state_dict(copy.deepcopy(saved.agent.state_dict()))
     perturbs = training.flags.get("noise") == "parameter"
     shrinks = "noise_anneal_steps" in training.flags and not perturbs
-    agent.explore, learn = training.script.accelerated(agent, training.learn)
+    agent.explore, learn = training.script.accelerated(agent, training.buffer, training.learn)
     for i, each in enumerate(obs):
         if i % 5 == 0:
             training.begin_episode(i)
@@ -275,13 +277,8 @@ def test_graphed_acting_follows_the_observation_and_the_learning(training_on, si
 @gpu
 @needs_gpu
 def test_with_graphs_it_learns_pendulum_and_resumes(script, tmp_path):
-    flags = ["--env-id", "Pendulum-v1", "--learning-starts", "1000", "--eval-interval", "5000", "--cudagraphs"]
-    flags += ["--total-timesteps", "20000", "--checkpoint-interval", "10000", "--keep-checkpoint", "--run-name", "run"]
-    flags += ["--final-eval-episodes", "10"]
-    subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", *flags], cwd=tmp_path, check=True)
-    score = json.loads((tmp_path / "runs/run/result.json").read_text())
-    last = float((tmp_path / "runs/run/eval.csv").read_text().splitlines()[-1].split(",")[1])
-    assert last > -250, score
-    more = ["--resume", "runs/run", "--total-timesteps", "25000"]
-    subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", *more], cwd=tmp_path, check=True)
-    assert float((tmp_path / "runs/run/eval.csv").read_text().splitlines()[-1].split(",")[1]) > -250
+    flags = "--env-id Pendulum-v1 --learning-starts 1000 --eval-interval 5000 --final-eval-episodes 10 --cudagraphs "
+    flags += "--total-timesteps 20000 --checkpoint-interval 10000 --keep-checkpoint --run-name run"
+    for line in flags, "--resume runs/run --total-timesteps 25000":
+        subprocess.run([sys.executable, ROOT / f"{script.SCRIPT}.py", *line.split()], cwd=tmp_path, check=True)
+        assert eval_rows(tmp_path / "runs/run")[-1]["mean"] > -250

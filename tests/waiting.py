@@ -16,7 +16,7 @@ from gymnasium.envs.classic_control import PendulumEnv
 def held_from() -> float:
     try:
         return int(Path("hold").read_text())
-    except FileNotFoundError:  # asking first whether it is there would be a race with the test that removes it
+    except FileNotFoundError:  # asking first would be a race with the test that removes it
         return math.inf
 
 
