@@ -379,7 +379,7 @@ def best_table(runs: pd.DataFrame, args: Args) -> str:
         steps = ours["steps"].max()
         row = {"environment": env_id, "recommended": f"`{variant}`" if variant != "default" else variant}
         row |= {"untrained": number(ours["untrained"].mean())}
-        row |= {"default, at the end": returns.get((env_id, steps, "default"))}
+        row |= {f"default, {steps:,} steps": returns.get((env_id, steps, "default"))}
         row |= {f"recommended, {each:,} steps": returns[env_id, each, variant] for each in sorted(set(ours["steps"]))}
         if best := best_published(ours["flags"].iloc[0], steps):
             row |= {"best published": mean_and_std(best["mean"], best["std"])}

@@ -427,11 +427,11 @@ def test_tables_with_a_row_per_task(tmp_path, capsys):
         *("Hopper-v5", "`--n-step 3`", "48.0", "3,000 ± 100", "750.0 ± 70.7 (2 seeds)", "3,100 ± 100"),
         *("2,009 ± 870", "rl-blox, v5, 5 seeds", "higher (1,091 ± 1,074)"),
     ]
-    assert pusher["default, at the end"] == "−30.0 (1 seed)" and pusher["recommended"] == "default"
+    assert pusher["default, 1,000,000 steps"] == "−30.0 (1 seed)" and pusher["recommended"] == "default"
     assert (pusher["best published"], pusher["verdict"]) == ("", "")  # published as training returns only
     hoppers = runs[runs["environment"] == "Hopper-v5"]
     (hopper,) = rows_of(report.best_table(hoppers, report.Args()))
-    assert hopper["verdict"] == "level (991 ± 1,074)" and hopper["default, at the end"] == "3,000 ± 100"
+    assert hopper["verdict"] == "level (991 ± 1,074)" and hopper["default, 1,000,000 steps"] == "3,000 ± 100"
     short, hopper, pusher = rows_of(report.variants_table(runs, report.Args()))
     assert hopper["--n-step 3"] == "3,100 ± 100" and pusher["--n-step 3"] == short["default"] == ""
 
