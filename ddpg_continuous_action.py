@@ -609,12 +609,10 @@ class Run:
             total, done = self.args.total_timesteps, self.global_step
             bar = tqdm(total=total, initial=done, unit=" steps", disable=None, dynamic_ncols=True)  # not in a pipe
             self.bar = opened.enter_context(bar)
-            self.stop_signal, self.evaluating, self.handlers = None, False, {}
-            if threading.current_thread() is threading.main_thread():  # no other may handle signals
-                for number in signal.SIGINT, signal.SIGTERM:
-                    self.handlers[number] = signal.signal(number, self.stop)
-                    opened.callback(signal.signal, number, self.handlers[number])
             self.opened = opened.pop_all()
+        self.stop_signal, self.evaluating, self.handlers = None, False, {}
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.printed_step, self.printed_time = self.global_step, time.time()
         return self
 
@@ -663,6 +661,8 @@ class Run:
         self.evaluating = False
         with contextlib.suppress(OSError):  # already reported
             self.opened.__exit__(kind, error, trace)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         ended = f"ended at step {self.global_step:,}; --resume {self.dir} goes on from step {self.saved_step:,}"
         if kind is KeyboardInterrupt:
             tqdm.write(f"stopped: {ended}", sys.stderr)
@@ -1107,9 +1107,9 @@ def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16)
             optimizers = [value for value in vars(agent).values() if isinstance(value, torch.optim.Optimizer)]
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             for part in vars(agent), vars(agent.noise), vars(buffer), *groups:
-                read.extend((part, name) for name, value in part.items() if isinstance(value, int | float))
-        # But for ReplayBuffer.add's counters, which no graph reads
-        key = arguments, *(part[name] for part, name in read if name not in ("added", "placed"))
+                names = [name for name, value in part.items() if isinstance(value, int | float)]
+                read.extend((part, name) for name in names if name not in ("added", "placed"))  # read by no graph
+        key = arguments, *(part[name] for part, name in read)
         if len(calls) > most:
             return function(*arguments)
         calls[key] = calls.get(key, 0) + 1

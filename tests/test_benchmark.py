@@ -119,7 +119,7 @@ def test_sweep_killed_and_started_again(tmp_path, hold, drawings):
     made = run_report(out)
     (reported,) = read_csv(out / "report/results.csv")
     assert float(reported["final_return"]) == pytest.approx(statistics.fmean(means), rel=1e-12)
-    shown = f"**{statistics.fmean(means):,.1f}**".replace("-", "−")
+    shown = f"**{statistics.fmean(means):,.0f}**".replace("-", "−")  # below −1,000
     assert shown in (out / "report/results.md").read_text() and shown in made.stdout
 
     # Other settings in the same folder would mix two experiments in one table; more runs of the same are welcome

@@ -85,7 +85,7 @@ class Run:
 
     def wait(self, timeout=600) -> Ended:
         (code,) = ask_nursery(pid=self.pid, timeout=timeout)
-        return Ended(int(code), self.output.read_text())
+        return Ended(int(code), self.output.read_text() if self.output.is_file() else "")  # not from a terminal
 
 
 def run(*args, **kwargs) -> Ended:
