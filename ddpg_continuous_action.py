@@ -1100,7 +1100,12 @@ def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16)
     A graph repeats what Python read when it was recorded, so there is one for each set of arguments and of numbers and
     switches among the attributes of the agent, its noise, its optimisers and the buffer.
     """
-    calls, graphs, outputs, read = {}, {}, {}, []
+    calls, graphs, outputs, read, graphing = {}, {}, {}, [], True
+
+    def stop(reason: str):
+        nonlocal graphing
+        graphing = False
+        tqdm.write(f"warning: no CUDA graphs from here on: {reason}", sys.stderr)
 
     def call(*arguments):
         if not calls:
@@ -1110,17 +1115,21 @@ def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16)
                 names = [name for name, value in part.items() if isinstance(value, int | float)]
                 read.extend((part, name) for name in names if name not in ("added", "placed"))  # read by no graph
         key = arguments, *(part[name] for part, name in read)
-        if len(calls) > most:
-            return function(*arguments)
-        calls[key] = calls.get(key, 0) + 1
-        if len(calls) > most:
-            tqdm.write("warning: no CUDA graphs from here on: a number that an update may read keeps changing")
-        if calls[key] <= warmup:  # what happens once, like making the optimiser's state, must not be recorded
+        if graphing:
+            calls[key] = calls.get(key, 0) + 1
+            if len(calls) > most:
+                stop("a number that an update may read keeps changing")
+        if not graphing or calls[key] <= warmup:  # what happens once, like making Adam's state, must not be recorded
             return function(*arguments)
         if key not in graphs:
-            graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[key]):
-                outputs[key] = function(*arguments)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    outputs[key] = function(*arguments)
+            except RuntimeError as error:
+                stop(f"an update cannot be recorded ({str(error).splitlines()[0]})")
+                return function(*arguments)
+            graphs[key] = graph
         graphs[key].replay()
         return outputs[key]
 

@@ -176,6 +176,23 @@ def test_a_number_that_keeps_changing_ends_graphing_with_one_warning(graphed, ca
     assert (out.out + out.err).count("warning: no CUDA graphs from here on") == 1
 
 
+def test_what_cannot_be_recorded_ends_graphing_with_one_warning(graphed, monkeypatch, capsys):
+    _, call, graphs, calls = graphed
+
+    @contextlib.contextmanager
+    def refuse(graph):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    for _ in range(6):
+        call("a")
+    assert [argument for argument, _ in calls] == ["a"] * 7 and not graphs  # the fourth was tried, and then run
+    lines = capsys.readouterr().err.splitlines()
+    why = "an update cannot be recorded (CUDA error: operation not permitted)"
+    assert lines == [f"warning: no CUDA graphs from here on: {why}"]
+
+
 class EndsAtOnce(gym.Wrapper):
     """Its episode is over after one step: it leaves its row in the batch and does nothing more."""
 
