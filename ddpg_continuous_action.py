@@ -307,7 +307,7 @@ class DDPG:
         else:
             self.noise = ParameterNoise(self.actor, scale)
         self.args, self.device = args, device
-        self.obs = torch.zeros(1, obs_dim, device=device)  # what explore reads: always the same memory, for CUDA graphs
+        self.obs = torch.zeros(1, obs_dim, device=device)  # explore reads it there, in a CUDA graph too
         # Made once: collecting them anew takes 1 % of an update
         self.actor_parameters = [*self.actor.parameters()]
         self.parameters = [*self.actor_parameters, *self.qf.parameters()]

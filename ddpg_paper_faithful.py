@@ -336,9 +336,7 @@ class DDPG:
         self.qf_optimizer = torch.optim.Adam(groups, args.critic_lr, **adam)
         self.noise = OrnsteinUhlenbeckNoise(self.actor.action_scale, args.ou_theta, args.ou_sigma, args.ou_dt)
         self.args, self.device = args, device
-        self.obs = torch.zeros(
-            1, *obs_space.shape, device=device
-        )  # what explore reads: always the same memory, for CUDA graphs
+        self.obs = torch.zeros(1, *obs_space.shape, device=device)  # explore reads it there, in a CUDA graph too
         # Made once: collecting them anew takes 1 % of an update
         self.actor_parameters = [*self.actor.parameters()]
         self.parameters = [*self.actor_parameters, *self.qf.parameters()]
