@@ -1044,7 +1044,7 @@ def compiled(learn, agent: DDPG):
     try:
         torch.compile(torch.sin)(torch.zeros(9, device=agent.device))
     except Exception as error:  # of many kinds
-        exit_unless(False, f"--compile needs a C++ compiler, such as g++: {str(error).splitlines()[0]}")
+        exit_unless(False, f"--compile needs a C++ compiler, such as g++: {error}".splitlines()[0])
     torch.compiler.reset()  # what a notebook's earlier runs compiled: there is a limit to how often
     torch._dynamo.config.trace_autograd_ops = True
     torch._inductor.config.fallback_random = True  # torch's own random numbers
@@ -1061,7 +1061,7 @@ def compiled(learn, agent: DDPG):
         try:
             return graph(update_actor)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().partition("\n")[0]
             sys.exit(f"error: --compile cannot make this update one graph ({reason}): leave it away")
 
     return learn_compiled
@@ -1094,8 +1094,8 @@ def by_onednn(function, *arguments):
     return result
 
 
-def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16):
-    """`function` replayed as a CUDA graph; the first calls run as usual.
+def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer):
+    """`function` replayed as a CUDA graph; the first three calls run as usual.
 
     A graph repeats what Python read when it was recorded, so there is one for each set of arguments and of numbers and
     switches among the attributes of the agent, its noise, its optimisers and the buffer.
@@ -1117,9 +1117,9 @@ def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16)
         key = arguments, *(part[name] for part, name in read)
         if graphing:
             calls[key] = calls.get(key, 0) + 1
-            if len(calls) > most:
+            if len(calls) > 16:
                 stop("a number that an update may read keeps changing")
-        if not graphing or calls[key] <= warmup:  # what happens once, like making Adam's state, must not be recorded
+        if not graphing or calls[key] <= 3:  # what happens once, like making Adam's state, must not be recorded
             return function(*arguments)
         if key not in graphs:
             graph = torch.cuda.CUDAGraph()
@@ -1127,7 +1127,8 @@ def cuda_graphed(function, agent: DDPG, buffer: ReplayBuffer, warmup=3, most=16)
                 with torch.cuda.graph(graph):
                     outputs[key] = function(*arguments)
             except RuntimeError as error:
-                stop(f"an update cannot be recorded ({str(error).splitlines()[0]})")
+                reason = str(error).partition("\n")[0]
+                stop(f"an update cannot be recorded ({reason})")
                 return function(*arguments)
             graphs[key] = graph
         graphs[key].replay()

@@ -122,7 +122,7 @@ def graphed(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", record)
     training = Training(script)
     training.agent.schedule = 1.0  # as a copy may add
-    return training, script.cuda_graphed(function, training.agent, training.buffer, warmup=3), graphs, calls
+    return training, script.cuda_graphed(function, training.agent, training.buffer), graphs, calls
 
 
 def test_a_graphed_function_runs_warms_up_records_once_and_replays_per_argument(graphed):
