@@ -384,7 +384,7 @@ def best_table(runs: pd.DataFrame, args: Args) -> str:
         if best := best_published(ours["flags"].iloc[0], steps):
             row |= {"best published": mean_and_std(best["mean"], best["std"])}
             row |= {"by": f"{best['source'].split(',')[0]}, {best['env_version']}, {best['seeds']} seeds"}
-            row |= {"verdict": verdict(ours["final_return"][ours["steps"] == steps], best)}
+            row |= {"verdict": verdict(ours[ours["steps"] == steps].groupby("seed")["final_return"].mean(), best)}
         rows.append(row)
     return table(pd.DataFrame(rows, dtype=object))
 

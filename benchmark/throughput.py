@@ -266,6 +266,7 @@ def training_tables(args: Args, entries: list[Entry], pairs: list[tuple[Entry, E
     yield header("steps a second", *columns)
     for entry in entries:
         yield row(entry.label, *(spread(speeds[entry.label, threads]) for threads in args.threads))
+    yield "\n<!-- more -->"  # a page shows what is above: report.py --show file
     if pairs:
         yield header("times as fast", *columns)
     for entry, other in pairs:
@@ -339,7 +340,6 @@ def report(args: Args, folder: Path):
         yield f"GPU: {about['hardware']['gpu']}."
     yield from (f"\n{line}" for line in skipped)
     yield from training_tables(args, [*entries, *older.values()], pairs)
-    yield "\n<!-- more -->"  # a page shows what is above: report.py --show file
     if gpu:
         yield from gpu_table(args, [e for e in ours if "--no-cuda" not in e.flags and not e.environment])
     else:

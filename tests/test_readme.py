@@ -41,8 +41,8 @@ def refreshed(text: str) -> str:
     return SPEED.sub(lambda _: of_today, text)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(language: str, page=README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_links_to_lines_and_speeds_are_up_to_date():
@@ -84,18 +84,19 @@ def copy_of_tuned(tmp_path, monkeypatch):
     return copied
 
 
-SECOND_CRITIC, RUNNING_NORM = 0, 1
+SECOND_CRITIC, PENALTY, RUNNING_NORM = *blocks("diff"), *blocks("diff", ROOT / "benchmark/ENVIRONMENTS.md")
 EXACT = dict(total_timesteps=100, checkpoint_interval=50, keep_checkpoint=True, final_eval_episodes=0)
 
 
-@pytest.mark.parametrize("change", [SECOND_CRITIC, RUNNING_NORM])
+@pytest.mark.parametrize("change", [SECOND_CRITIC, PENALTY, RUNNING_NORM], ids=["critic", "penalty", "norm"])
 def test_changes_train_are_checkpointed_and_resume_exactly(change, run, copy_of_tuned):
-    script = copy_of_tuned(blocks("diff")[change])
+    script = copy_of_tuned(change)
     whole = model(run(script, **EXACT | dict(total_timesteps=150, run_name="whole")))
     part = run(script, **EXACT | dict(run_name="part"))
     script.main(script.args_of(str(part), total_timesteps=150))
     resumed = model(part)
-    assert whole.keys() == resumed.keys() and {"qf2", "obs_norm"} & whole.keys()
+    assert whole.keys() == resumed.keys()
+    assert (change == SECOND_CRITIC, change == RUNNING_NORM) == ("qf2" in whole, "obs_norm" in whole)
     for name in whole.keys() & {"actor", "qf", "qf2", "obs_norm"}:
         for key, weights in whole[name].items():
             assert torch.equal(weights, resumed[name][key]), (name, key)
@@ -103,7 +104,7 @@ def test_changes_train_are_checkpointed_and_resume_exactly(change, run, copy_of_
 
 def test_running_normalisation_follows_the_batches_and_evaluates_alike(run, copy_of_tuned, capsys):
     """Episodes of one start: what --evaluate says of the model is what the run said."""
-    script = copy_of_tuned(blocks("diff")[RUNNING_NORM])
+    script = copy_of_tuned(RUNNING_NORM)
     run_dir = run(script, eval_episodes=1)
     obs_norm = model(run_dir)["obs_norm"]
     assert obs_norm["num_batches_tracked"] == 80
@@ -114,7 +115,7 @@ def test_running_normalisation_follows_the_batches_and_evaluates_alike(run, copy
 
 
 def test_the_second_critic_learns_and_lowers_the_target(run, copy_of_tuned, made):
-    script = copy_of_tuned(blocks("diff")[SECOND_CRITIC])
+    script = copy_of_tuned(SECOND_CRITIC)
     agents = made(script, "DDPG")
     run(script, policy_frequency=2, target_noise=0.2)
     one, two, target = (getattr(agents[0], name).fc3.weight for name in ("qf", "qf2", "target_qf2"))
@@ -128,12 +129,20 @@ def test_the_second_critic_learns_and_lowers_the_target(run, copy_of_tuned, made
     assert torch.allclose(loss, 2 * y.square().mean()) and torch.equal(q, torch.zeros(32))
 
 
-def test_a_model_acts_in_five_lines(run, made):
+def test_the_penalty_is_on_the_action_before_tanh(copy_of_tuned):
+    start, obs = agent(copy_of_tuned(PENALTY)), random_batch(tuned).obs
+    unscaled = (start.actor(obs) - start.actor.action_bias) / start.actor.action_scale
+    start.actor(10 * obs)  # what it was at another observation does not count
+    penalty = start.actor_loss(obs) + start.qf(obs, start.actor(obs)).mean()
+    assert torch.allclose(penalty, 1e-3 * torch.atanh(unscaled).square().mean(), rtol=1e-3) and penalty > 0
+
+
+def test_a_model_acts_in_four_lines(run, made):
     agents = made(tuned, "DDPG")
     run_dir = run(tuned)
     code = blocks("python")[0]
-    assert len([line for line in code.splitlines() if line and "import" not in line]) == 5
-    names = {}
+    assert len([line for line in code.splitlines() if line and "import" not in line]) == 4
+    names = dict(obs=np.array([1.0, 0.5], dtype=np.float32))
     exec(code.replace("runs/NAME", str(run_dir)), names)
     greedy = agents[0].actor(torch.as_tensor(names["obs"])[None])[0].detach().numpy()
     assert np.array_equal(names["action"], greedy) and names["action"].shape == (1,)
