@@ -54,15 +54,6 @@ class Walk(gym.Env):
         return np.full((64, 64, 3), 100 + 10 * self.t, np.uint8)
 
 
-class OtherWalk(Walk):
-    pass
-
-
-class Unfilmable(Walk):
-    def render(self):
-        raise RuntimeError("no GL\nhere")
-
-
 class Unmakeable(Walk):
     def __init__(self, of_type=None, **kwargs):
         if of_type is None:
@@ -120,16 +111,6 @@ class OtherGenerator(Walk):
         return super().reset()
 
 
-class NoGenerator(Walk):
-    np_random = None
-
-    def start(self):
-        return np.random.uniform(-1, 1)
-
-    def reset(self, *, seed=None, options=None):
-        return super().reset()
-
-
 def counted(**kwargs):
     """An environment that comes with the statistics of its episodes."""
     return gym.wrappers.RecordEpisodeStatistics(Walk(**kwargs))
@@ -155,7 +136,6 @@ class Parts(Walk):
         return {"leg": np.int64(self.t % 3), "more": (np.full(2, x), np.full((2, 2), x))}
 
 
-WALKS = [Walk, OtherWalk, Unfilmable, Unmakeable, Seeder, OtherGenerator, NoGenerator, Grid, Parts]
-for walk in WALKS:
+for walk in Walk, Unmakeable, Seeder, OtherGenerator, Grid, Parts:
     gym.register(f"{walk.__name__}-v0", walk)
 gym.register("Counted-v0", counted, max_episode_steps=9)

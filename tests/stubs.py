@@ -1,7 +1,12 @@
 """Small environments: scripted ones, where every number is known, and unsuitable ones. Used as stubs:EnvId."""
 
+import signal
+import time
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.spaces import Box, Dict, Discrete, Sequence
 
 LOW, HIGH = np.array([-0.4, -3], np.float32), np.array([0.4, 1], np.float32)
@@ -105,6 +110,19 @@ class RenderModeless(Point):
         super().__init__()
 
 
+class Waiting(PendulumEnv):
+    """Waits at its 300th step while there is a file named hold and the run has not been asked to stop."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        handler = signal.getsignal(signal.SIGTERM)  # a run puts the earlier one back when a signal has come
+        while self.steps >= 300 and Path("hold").exists() and signal.getsignal(signal.SIGTERM) == handler:
+            time.sleep(0.01)
+        return super().step(action)
+
+
 UNSUITABLE = {
     "DiscreteAction": dict(action=Discrete(3)),
     "IntegerAction": dict(action=Box(0, 5, (2,), np.int64)),
@@ -126,4 +144,5 @@ gym.register("NanReward-v0", Point, kwargs=dict(bad_reward=True))
 gym.register("Scripted-v0", Scripted)
 gym.register("InPlace-v0", InPlace, disable_env_checker=True)  # it would warn of this
 gym.register("Unrendered-v0", Unrendered)
+gym.register("Waiting-v0", Waiting, max_episode_steps=200)
 gym.register("RenderModeless-v0", RenderModeless)

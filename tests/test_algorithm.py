@@ -85,12 +85,6 @@ def test_networks_by_hand(script, which):
     assert qf(obs[:1], action[:1]).shape == (1,)
 
 
-def test_tuned_layers():
-    actor, qf = networks(tuned, 3, LOW, HIGH)
-    assert [tuple(p.shape) for p in actor.parameters()][::2] == [(256, 3), (256, 256), (2, 256)]
-    assert [tuple(p.shape) for p in qf.parameters()][::2] == [(256, 5), (256, 256), (1, 256)]
-
-
 # Actions and noise
 
 
@@ -151,15 +145,6 @@ def test_bounds_that_no_float32_equals_are_kept(script, run, monkeypatch):
     assert len(taken) == 120 + 6 * 10 and all(map(space.contains, taken))
     for reached, bound in (np.min(taken, 0), low), (np.max(taken, 0), high):
         assert (np.abs(reached - bound) <= (high - low) * 1e-7).all()
-
-
-@pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
-def test_bounds_that_are_equal_are_refused(capfd):
-    with pytest.raises(SystemExit) as end:
-        tuned.make_env(tuned.Args(env_id="stubs:PointAction-v0"))
-    said = capfd.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
-    assert "DDPG needs an action space with finite bounds that differ" in said
 
 
 # Replay buffer
@@ -407,22 +392,6 @@ def test_evaluate_by_hand(capfd):
     assert capfd.readouterr().err == "warning: 1 evaluation episodes cut at --max-eval-steps\n"
 
 
-def test_evaluations_have_starts_of_their_own_and_leave_training_alone(run, monkeypatch):
-    """Two evaluations of two episodes, then three fresh ones at the end; another seed has others. Without, the weights
-    are the same: an evaluation takes no random number and moves nothing, running averages either.
-    """
-    starts, actors = [], []
-    for seed, eval_interval in (1, 60), (2, 60), (1, 0):
-        monkeypatch.setattr(stubs.Scripted, "made", [])
-        flags = dict(seed=seed, eval_interval=eval_interval, final_eval_episodes=3, run_name=f"{seed} {eval_interval}")
-        actors.append(model(run(paper, env_id="stubs:Scripted-v0", **flags))["actor"])
-        starts.append([env.seeds for env in stubs.Scripted.made[1:]])
-    assert starts[0] == [[20_000, 20_000, 20_002, 20_004], [20_001, 20_001, 20_003]]
-    assert starts[1] == [[seed + 10_000 for seed in seeds] for seeds in starts[0]]
-    assert all(torch.equal(actors[0][name], actors[2][name]) for name in actors[0])
-    assert not torch.equal(actors[0]["fc1.weight"], actors[1]["fc1.weight"])
-
-
 # A run goes on from its checkpoint; test_resume.py kills runs in processes of their own
 
 RESUMED = {
@@ -485,33 +454,23 @@ def test_products_have_fp32s_accuracy(capfd):
     assert len(kernels[1]) > 40 or not avx512
 
 
-@pytest.fixture
-def on_cpu(tmp_path, monkeypatch):
-    """on_cpu(what /proc/cpuinfo says): the tuned script takes its machine for that one; None, and there is no file."""
-
-    def on_cpu(cpu):
-        path = tmp_path / "cpuinfo"
-        path.write_text(f"processor\t: 0\n{cpu}") if cpu else path.unlink(missing_ok=True)
-        monkeypatch.setattr(tuned, "Path", lambda *parts: path if parts == ("/proc/cpuinfo",) else Path(*parts))
-
-    return on_cpu
-
-
 ZEN_5 = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n"
 ZEN_4 = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n"
 INTEL = "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n"
 ARM = "BogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n"
 
 
-def test_onednn_multiplies_only_where_mkl_holds_back(on_cpu):
-    for cpu, matmul in (ZEN_5, "onednn"), (ZEN_4, "mkl"), (INTEL, "mkl"), (ARM, "mkl"), (None, "mkl"):
-        on_cpu(cpu)
+def test_onednn_multiplies_only_where_mkl_holds_back(tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(tuned, "Path", lambda *parts: path if parts == ("/proc/cpuinfo",) else Path(*parts))
+    for cpu, matmul in (None, "mkl"), (ZEN_5, "onednn"), (ZEN_4, "mkl"), (INTEL, "mkl"), (ARM, "mkl"):
+        if cpu:
+            path.write_text(f"processor\t: 0\n{cpu}")
         tuned.set_up(args := tuned.Args())
         assert args.matmul == matmul, cpu
 
 
-def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(run, on_cpu, monkeypatch):
-    """Also where the resumed run's own machine would have MKL multiply."""
+def test_only_the_update_is_multiplied_by_onednn(run, monkeypatch):
     allowed = {}
     for owner, name in (tuned.DDPG, "explore"), (tuned.DDPG, "critic_loss"), (tuned, "evaluate"):
 
@@ -520,14 +479,8 @@ def test_only_the_update_is_multiplied_by_onednn_and_a_resumed_run_keeps_that(ru
             return function(*args)
 
         monkeypatch.setattr(owner, name, spy)
-    by_onednn = {"explore": {"highest"}, "critic_loss": {"medium"}, "evaluate": {"highest"}}
-    on_cpu(ZEN_5)
-    run_dir = run(tuned, keep_checkpoint=True, checkpoint_interval=50)
-    assert allowed == by_onednn
+    run(tuned, matmul="onednn")
+    assert allowed == {"explore": {"highest"}, "critic_loss": {"medium"}, "evaluate": {"highest"}}
     allowed.clear()
-    on_cpu(ZEN_4)
-    tuned.main(tuned.args_of(str(run_dir), total_timesteps=140))
-    assert allowed == by_onednn
-    allowed.clear()
-    run(tuned, run_name="other")
+    run(tuned, matmul="mkl", run_name="other")
     assert set().union(*allowed.values()) == {"highest"}

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, agent, eval_rows, paper, tuned, weights
+from conftest import ROOT, eval_rows, paper, tuned, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -191,25 +191,6 @@ def test_what_cannot_be_recorded_ends_graphing_with_one_warning(graphed, monkeyp
     lines = capsys.readouterr().err.splitlines()
     why = "an update cannot be recorded (CUDA error: operation not permitted)"
     assert lines == [f"warning: no CUDA graphs from here on: {why}"]
-
-
-class EndsAtOnce(gym.Wrapper):
-    """Its episode is over after one step: it leaves its row in the batch and does nothing more."""
-
-    def step(self, action):
-        obs, reward, _, truncated, info = self.env.step(action)
-        return obs, reward, True, truncated, info
-
-
-def test_episodes_stepped_together_have_the_numbers_of_episodes_on_their_own(script):
-    """Every episode alone, with only idle rows beside it, gives to the byte what it gives in company."""
-    envs = [gym.wrappers.RecordEpisodeStatistics(gym.make("Pendulum-v1", max_episode_steps=50)) for _ in range(3)]
-    evaluated = agent(script, low=(-2.0,), high=(2.0,))
-    together = script.evaluate(evaluated, envs)
-    for i in range(len(envs)):
-        alone = script.evaluate(evaluated, [env if j == i else EndsAtOnce(env) for j, env in enumerate(envs)])
-        assert [values[i] for values in alone] == [values[i] for values in together]
-    assert len(set(together[0])) == len(envs)
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """The agent in JAX against the PyTorch script's, and its runs on the same protocol."""
 
-import contextlib
 import hashlib
 import json
 import re
-import runpy
 import signal
 import sys
 import tomllib
@@ -26,15 +24,6 @@ SCRIPT = ROOT / "benchmark/jax_ddpg.py"
 OBS_DIM, LOW, HIGH = 5, np.float32([-1, -0.4, 0]), np.float32([1, 0.4, 2.5])
 SPACES = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,)), gym.spaces.Box(LOW, HIGH)
 NETWORKS = "actor", "qf", "target_actor", "target_qf"
-
-
-@contextlib.contextmanager
-def jax_names():
-    """With what its __main__ block sets in the PyTorch script, which other tests need as it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in "SCRIPT __file__ Args provenance DDPG ReplayBuffer".split():
-            patch.setattr(tuned, name, getattr(jax_ddpg, name))
-        yield
 
 
 def agent(script=jax_ddpg, **flags):
@@ -158,25 +147,21 @@ def test_a_run_is_recorded_evaluated_and_reported(whole, cli, capsys):
     assert record["script"] == model(whole)["script"] == "jax_ddpg" and "jax" in record["versions"]
     assert record["sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert record["defaults"]["matmul"] == "XLA"
-    with jax_names():
-        cli(jax_ddpg, "--evaluate", whole)
+    cli(jax_ddpg, "--evaluate", whole)
     assert f" {eval_rows(whole)[-1]['mean']:.2f} ± " in capsys.readouterr().out
     made = run_report(whole, "--out", "report")
     assert made.returncode == 0 and "| Pendulum-v1 | 700 | 1 |" in made.stdout, made
 
 
-def test_its_model_is_loaded_by_it_and_by_torchs_networks(whole, capsys):
+def test_its_model_is_loaded_by_it_and_by_torchs_networks(whole, refused, monkeypatch):
     obs_space, action_space = (gym.spaces.Box(-2, 2, (n,)) for n in (3, 1))
     bounds = torch.tensor([[-2.0], [2.0]])
     torchs = {"actor": tuned.Actor(3, *bounds), "qf": tuned.QNetwork(3, *bounds)}
     contents, mine = model(whole), jax_ddpg.DDPG(jax_ddpg.Args(seed=5), obs_space, action_space, CPU)
-    with jax_names():
-        tuned.load_model(mine, whole)  # as --warm-start does
-        with pytest.raises(SystemExit):
-            tuned.load_model(jax_ddpg.DDPG(jax_ddpg.Args(), SPACES[0], action_space, CPU), whole)
-    assert (
-        "does not fit this environment and these flags: fc1.weight is (256, 3), not (256, 5)" in capsys.readouterr().err
-    )
+    monkeypatch.setattr(tuned, "SCRIPT", "jax_ddpg")
+    tuned.load_model(mine, whole)  # as --warm-start does
+    line = refused(tuned.load_model, jax_ddpg.DDPG(jax_ddpg.Args(), SPACES[0], action_space, CPU), whole)
+    assert "does not fit this environment and these flags: fc1.weight is (256, 3), not (256, 5)" in line
     obs, action = torch.randn(9, 3), torch.rand(9, 1)
     for name, inputs in ("actor", [obs]), ("qf", [obs, action]):
         torchs[name].load_state_dict(contents[name])
@@ -220,21 +205,10 @@ NOT_FOR_IT = """--noise ou|--noise parameter|--layer-norm both|--n-step 3|--targ
 
 
 @pytest.mark.parametrize("flags", NOT_FOR_IT.split("|"))
-def test_flags_that_are_not_for_it_are_refused(flags, cli, capsys, tmp_path):
-    with jax_names(), pytest.raises(SystemExit) as end:
-        cli(jax_ddpg, *flags.split())
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and not list(tmp_path.iterdir())
-    assert error.startswith(f"error: {flags.split()[0].replace('--no-torch', '--torch')} is not for jax_ddpg.py")
-
-
-def test_without_jax_one_line_says_how_to_install_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "jax", None)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1
-    assert "pip install -r benchmark/requirements-jax.txt" in error
+def test_flags_that_are_not_for_it_are_refused(flags, cli, refused, tmp_path):
+    line = refused(cli, jax_ddpg, *flags.split())
+    assert line.startswith(f"error: {flags.split()[0].replace('--no-torch', '--torch')} is not for jax_ddpg.py")
+    assert not list(tmp_path.iterdir())
 
 
 def test_inline_metadata_is_in_step():

@@ -7,7 +7,6 @@ import copy
 import io
 import math
 import random
-import re
 
 import gymnasium as gym
 import numpy as np
@@ -86,18 +85,6 @@ def test_other_initial_weights(name, bound):
     assert actor.fc_mu.weight.abs().max() <= 3e-3
 
 
-def test_learning_rates_and_weight_decay_sit_on_the_right_networks():
-    """CleanRL's documentation has the learning rates swapped."""
-    made = agent(paper, batch_norm="both", actor_lr=0.02, critic_lr=0.03)
-    for network, optimizer, lr, decay in (
-        (made.actor, made.actor_optimizer, 0.02, 0),
-        (made.qf, made.qf_optimizer, 0.03, 0.01),  # of weights: biases and normalisations are spared
-    ):
-        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        assert decays == {id(p): decay * (p.ndim > 1) for p in network.parameters()}
-        assert all(group["lr"] == lr for group in optimizer.param_groups)
-
-
 # Batch normalisation
 
 
@@ -132,32 +119,7 @@ def test_acting_depends_on_no_batch():
         learner.update(batch)
 
 
-def test_targets_normalise_by_the_batch():
-    """Their running averages, which nothing keeps up to date, are never used: they may hold anything."""
-    learner = agent(paper, batch_norm="both", tau=0.5)
-    for target in learner.target_actor, learner.target_qf:
-        for name, value in target.state_dict().items():
-            if "running" in name:
-                value.fill_(float("nan"))
-    losses = [loss for _ in range(2) for loss in learner.update(random_batch(paper)).values()]
-    assert torch.stack(losses).isfinite().all()
-
-
 # Ornstein-Uhlenbeck noise
-
-
-@pytest.mark.parametrize("dt, std, lag, burn_in", [(1.0, 0.3797, 6, 60), (0.01, 0.3653, 666, 2000)])
-def test_ou_noise_matches_theory(dt, std, lag, burn_in):
-    """x' = a x + b N with a = 1 - theta dt: standard deviation b / sqrt(1 - a^2), autocorrelation a^lag, about 1/e."""
-    noise = paper.OrnsteinUhlenbeckNoise(torch.ones(10_000), 0.15, 0.2, dt)
-    for _ in range(burn_in):
-        first = noise.sample()
-    for _ in range(lag):
-        last = noise.sample()
-    assert first.std() == pytest.approx(std, rel=0.03) and last.std() == pytest.approx(std, rel=0.03)
-    assert abs(last.mean()) < 0.02
-    correlation = torch.corrcoef(torch.stack([first, last]))[0, 1]
-    assert correlation == pytest.approx((1 - 0.15 * dt) ** lag, abs=0.03)
 
 
 @pytest.mark.parametrize("dt", [1.0, 0.01])
@@ -320,16 +282,6 @@ def test_without_gl_is_one_line_with_the_remedy(tmp_path):
     assert "MUJOCO_GL=egl, and apt-get install libegl1" in failed.stderr
 
 
-def test_pixels_of_a_real_environment():
-    """Pendulum draws itself without GL: 500 x 500, shrunk to 64 x 64, and it is no blank picture."""
-    pytest.importorskip("pygame")
-    env = paper.make_env(paper.Args(env_id="Pendulum-v1", pixels=True))
-    obs, _ = env.reset(seed=0)
-    moved, *_ = env.step(env.action_space.high)
-    assert obs.shape == PIXELS and obs.dtype == np.uint8 and obs.std() > 5
-    assert (moved[:3] != moved[6:]).any()
-
-
 # Its docstring
 
 
@@ -340,27 +292,17 @@ def final_return(name, up_to=math.inf):
 
 
 def test_the_docstrings_figures_are_those_of_the_committed_data():
-    rllabs = "__actor-loss-statistics-running_target-statistics-slow"
-    faster = rllabs.replace("_target", "_batch-norm-momentum-0.1_target")
-    pendulum = [final_return(f"paper_modes_pendulum/Pendulum-v1__paper_batch_norm{flags}") for flags in ("", faster)]
-    assert pendulum[0] > pendulum[1]
-    inverted = "InvertedPendulum-v5__ddpg_paper_faithful"
-    for flags in "__target-statistics-copied", rllabs:
-        other = final_return(f"paper_modes/InvertedPendulum-v5__paper_batch_norm{flags}")
-        assert final_return(f"paper/{inverted}") < other
-    cheetah = "paper/HalfCheetah-v5__ddpg_paper_faithful"
+    cheetah, inverted = (
+        "paper/HalfCheetah-v5__ddpg_paper_faithful",
+        "InvertedPendulum-v5__ddpg_paper_faithful__batch-norm-actor",
+    )
     slow, fast = final_return(cheetah), final_return(f"{cheetah}__batch-norm-momentum-0.1")
-    here = final_return(f"paper/{inverted}__batch-norm-actor", up_to=100_000)
-    slower_noise = final_return(f"paper_100k/{inverted}__batch-norm-actor_ou-dt-0.01")
-    few_steps = final_return(f"paper_100k/{inverted}__batch-norm-actor_learning-starts-64")
-    for network in networks_for(PIXELS, actions=1):
-        assert round(sum(p.numel() for p in network.parameters() if p.ndim > 1), -3) == 471_000
-    because = {
-        "targets' normalisation": "better on Pendulum-v1, worse on InvertedPendulum-v5",
-        "running averages": f"HalfCheetah-v5 {slow:,.0f}; with torch's 0.1, {fast:,.0f}",
-        "OU time step": f"InvertedPendulum-v5 {here:,.0f}; with 0.01, {slower_noise:,.0f}: level",
-        "warm-up": f"not tuned: {here:,.0f} there; with 64 steps, {few_steps:,.0f}",
-        "pixels: kernel; action": "471,000 weights, near the paper's 430,000; as above",
-    }
-    rows = [re.split(r" *\| *", line)[1:-1] for line in paper.__doc__.splitlines() if line.count("|") == 4]
-    assert {name: text for name, _, text in rows if re.search(r"\d{3}|-v\d", text)} == because
+    here = final_return(f"paper/{inverted}", up_to=100_000)
+    slower_noise = final_return(f"paper_100k/{inverted}_ou-dt-0.01")
+    few_steps = final_return(f"paper_100k/{inverted}_learning-starts-64")
+    for figures in (
+        f"HalfCheetah-v5 {slow:,.0f}; with torch's 0.1, {fast:,.0f}",
+        f"InvertedPendulum-v5 {here:,.0f}; with 0.01, {slower_noise:,.0f}: level",
+        f"not tuned: {here:,.0f} there; with 64 steps, {few_steps:,.0f}",
+    ):
+        assert figures in paper.__doc__, figures

@@ -5,7 +5,6 @@ import pathlib
 import random
 import re
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,44 +135,36 @@ def test_evaluating_and_making_an_environment_leave_the_random_generators_as_the
     assert generators() == before
 
 
-GENERATORS = ['{"kind": "RandomState", "early": true}', '{"kind": "RandomState"}', '{"kind": "MT19937"}', None]
+GENERATORS = ['{"kind": "RandomState", "early": true}', '{"kind": "RandomState"}', '{"kind": "MT19937"}']
 
 
 @pytest.mark.parametrize("kwargs", GENERATORS)
 def test_an_environment_without_numpys_new_generator_trains_and_resumes(kwargs, broken_off, capsys):
-    name = "OtherGenerator" if kwargs else "NoGenerator"
-    run_dir = broken_off(tuned, 30, env_id=f"people_stubs:{name}-v0", env_kwargs=kwargs or "{}")
+    run_dir = broken_off(tuned, 30, env_id="people_stubs:OtherGenerator-v0", env_kwargs=kwargs)
     assert checkpoint(run_dir)["global_step"] == 20
     capsys.readouterr()
     resume(tuned, run_dir)
     assert result(run_dir)["global_step"] == 40
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1 and "resuming may not be exact" in notes[0] and name in notes[0]
+    assert len(notes) == 1 and "resuming may not be exact" in notes[0] and "OtherGenerator" in notes[0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 429_495, 429_496, 20_261_129, 2**32 - 1])
 def test_evaluations_have_starts_of_their_own_below_2_32(seed, short, made):
-    """10,000 for each seed, as far as there are so many; seven are taken here."""
-    run_dir = short(tuned, seed=seed, eval_interval=21, total_timesteps=21, final_eval_episodes=5)
+    """10,000 for each seed, as far as there are so many; seven are taken here, two of them twice."""
+    run_dir = short(tuned, seed=seed, eval_interval=21, total_timesteps=42, final_eval_episodes=5)
     assert result(run_dir)["final_eval"]["episodes"] == 5
     seeds = [[seed for seed in env.seeds if seed is not None] for env in made]
     first = 10_000 * (seed + 1) if seed < 429_495 else seeds[1][0]
-    assert seeds == [[seed], [first, first + 2, first + 4, first + 6], [first + 1, first + 3, first + 5]]
+    assert seeds == [
+        [seed],
+        [first, first, *range(first + 2, first + 7, 2)],
+        [first + 1, first + 1, first + 3, first + 5],
+    ]
     assert 0 <= first < 2**32 - 10_000
 
 
 # Wrappers
-
-
-class Twice(gym.Wrapper):
-    """Repeats each action."""
-
-    def step(self, action):
-        total, steps, over = 0.0, 0, False
-        while steps < 2 and not over:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total, steps, over = total + reward, steps + 1, terminated or truncated
-        return obs, total, terminated, truncated, info
 
 
 def test_evaluations_score_the_environments_own_reward(script, short, capsys, monkeypatch):
@@ -181,7 +172,7 @@ def test_evaluations_score_the_environments_own_reward(script, short, capsys, mo
 
     def wrap(env, args):
         tenfold = gym.wrappers.TransformReward(gym.wrappers.NormalizeObservation(env), lambda reward: 10 * reward)
-        return Twice(tenfold)
+        return gym.wrappers.MaxAndSkipObservation(tenfold, skip=2)
 
     monkeypatch.setattr(script, "wrap", wrap)
     run_dir = short(script, keep_checkpoint=True, total_timesteps=42, buffer_size=42, checkpoint_interval=9)
@@ -190,7 +181,7 @@ def test_evaluations_score_the_environments_own_reward(script, short, capsys, mo
     rows = checkpoint(run_dir)["buffer"]["rows"]
     assert set(rows[:, 3].tolist()) == {10, 50, 40}  # after two numbers of the observation and one of the action
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    state = "the state of Twice, NormalizeObservation, Walk"
+    state = "the state of MaxAndSkipObservation, NormalizeObservation, Walk"
     assert notes == [f"note: resuming may not be exact here: no checkpoint holds {state}"]
     evaluate(script, run_dir)
     assert capsys.readouterr().out.splitlines()[-1].endswith("steps: 10.00 ± 0.00 over 2 episodes")
@@ -253,8 +244,8 @@ def test_the_camera_that_the_user_chose_is_kept_and_else_it_follows_the_robot():
 # Memory
 
 V2, V1 = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
-LIMITS = {"v2": {V2: "1000000\n"}, "v1": {V1: "1000000\n"}, "v1 next to v2 without": {V2: "max\n", V1: "1000000\n"}}
-NO_LIMITS = {"none": {}, "max": {V2: "max\n"}, "v1's largest": {V1: f"{2**63 - 4096}\n"}, "large": {V2: f"{2**40}\n"}}
+LIMITS = {"v2": {V2: "1000000\n"}, "v1 next to v2 without": {V2: "max\n", V1: "1000000\n"}}
+NO_LIMITS = {"none": {}, "v1's largest": {V1: f"{2**63 - 4096}\n"}}
 
 
 @pytest.mark.parametrize("limits", [*LIMITS, *NO_LIMITS])
@@ -336,34 +327,21 @@ def test_a_number_that_is_not_finite_ends_the_run_where_it_arrives(script, bad, 
     assert result(run_dir)["global_step"] == 40 and eval_rows(run_dir)[-1]["global_step"] == 40
 
 
-def test_weights_that_become_nan_are_said_to_be_the_actors(script, short, monkeypatch):
-    class Broken(script.DDPG):
-        def update(self, *args):
-            losses = super().update(*args)
-            self.updates = getattr(self, "updates", 0) + 1
-            if self.updates == 3:
-                self.actor.fc_mu.weight.data.fill_(torch.nan)
-            return losses
-
-    monkeypatch.setattr(script, "DDPG", Broken)
-    line = error_of(short, script, checkpoint_interval=5)
-    assert line.startswith("error: the action must be finite") and "ended at step 24" in line
-    assert_all_saved_is_finite(Path("runs/tiny"), 20)
-
-
-@pytest.mark.parametrize("loss", ["actor_loss", "critic_loss"])
-def test_weights_that_become_nan_in_a_step_that_saves_are_not_saved(script, loss, short, monkeypatch):
+@pytest.mark.parametrize("loss, when", [("actor_loss", 3), ("actor_loss", 10), ("critic_loss", 10)])
+def test_weights_that_become_nan_are_said_to_and_not_saved(script, loss, when, short, monkeypatch):
+    """In a step that saves the losses show it, in another the next action."""
     original, calls = getattr(script.DDPG, loss), []
 
     def broken(self, given):
         returned = original(self, given)
         calls.append(given)
-        factor = torch.nan if len(calls) == 10 else 1.0
+        factor = torch.nan if len(calls) == when else 1.0
         return returned * factor if loss == "actor_loss" else (returned[0] * factor, returned[1])
 
     monkeypatch.setattr(script.DDPG, loss, broken)
     line = error_of(short, script, checkpoint_interval=10, eval_interval=10)
-    assert line.startswith("error: not finite: ") and "nan" in line and "ended at step 30" in line
+    said, step = ("the action must be finite", 24) if when == 3 else ("not finite: ", 30)
+    assert line.startswith(f"error: {said}") and "nan" in line and f"ended at step {step}" in line
     assert_all_saved_is_finite(Path("runs/tiny"), 20)
 
 
@@ -379,7 +357,6 @@ def test_a_vector_among_the_logged_scalars_is_named(script, short, monkeypatch):
 CAUSES = {  # the environment, its kwargs, and what it says where
     "a bare assert": ("Unmakeable", {}, "AssertionError", "assert len(kwargs) > 9"),
     "a type": ("Unmakeable", dict(of_type="any"), "TypeError: object of type 'int' has no len()", "len(7)"),
-    "a film": ("Unfilmable", {}, "RuntimeError: no GL here", 'raise RuntimeError("no GL\\nhere")'),
 }
 
 
@@ -388,7 +365,7 @@ def test_an_error_of_the_environment_keeps_its_cause(name, kwargs, kind, text, s
     lines = [line.strip() for line in Path(people_stubs.__file__).read_text().splitlines()]
     place = f"(people_stubs.py, line {1 + lines.index(text)})"
     env = dict(env_id=f"people_stubs:{name}-v0", env_kwargs=json.dumps(kwargs))
-    line = refused(short, tuned, **env, capture_video=name == "Unfilmable")
+    line = refused(short, tuned, **env)
     assert f"cannot make people_stubs:{name}-v0 with" in line and kind in line and place in line
 
 
@@ -403,36 +380,13 @@ def test_main_works_in_any_thread(script, short):
 
 def test_after_an_error_at_the_start_the_next_try_works(short, refused, monkeypatch):
     """Also where a notebook keeps the error, and with it whatever the run has opened."""
-    unfilmable = dict(env_id="people_stubs:Unfilmable-v0")
-    assert "no GL here" in refused(short, tuned, **unfilmable, capture_video=True)
+    unfilmable = dict(env_id="stubs:Unrendered-v0")
+    assert "cannot make" in refused(short, tuned, **unfilmable, capture_video=True)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as kept:
         patch.setattr(tuned, "SummaryWriter", lambda *args, **kwargs: 1 / 0)
         short(tuned, **unfilmable)
     run_dir = short(tuned, **unfilmable)
     assert kept.tb and result(run_dir)["global_step"] == 40 and len([*run_dir.glob("events*")]) == 1
-
-
-def test_the_second_ctrl_c_goes_to_the_callers_handler(short, twist):
-    """And so do all that come after main."""
-    caught, before_the_run = [], []
-
-    def mine(number, frame):
-        caught.append(number)
-
-    def interrupt(walk, obs, reward):
-        if walk.training() and len(walk.actions) == 7:
-            signal.raise_signal(signal.SIGINT)
-            before_the_run.append(len(caught))
-            assert signal.getsignal(signal.SIGINT) is mine  # or the next one would kill this process
-            signal.raise_signal(signal.SIGINT)
-        return obs, reward
-
-    signal.signal(signal.SIGINT, mine), signal.signal(signal.SIGTERM, mine)
-    twist(interrupt)
-    with pytest.raises(SystemExit) as ended:
-        short(tuned)
-    assert ended.value.code == 128 + signal.SIGINT and before_the_run == [0] and caught == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is mine
 
 
 # Observations, and options of the environment
@@ -474,7 +428,7 @@ def test_env_kwargs_that_are_no_json_object_are_one_clear_line(text, refused):
 
 def test_another_environment_can_be_evaluated_and_is_said_to_be_another(script, short, capsys, refused):
     run_dir = short(script)
-    for changes, score in [(dict(env_id="people_stubs:OtherWalk-v0"), 10), (dict(env_kwargs=THREE), 3)]:
+    for changes, score in [(dict(env_id="people_stubs:Counted-v0"), 10), (dict(env_kwargs=THREE), 3)]:
         capsys.readouterr()
         evaluate(script, run_dir, **changes)
         lines = capsys.readouterr().out.splitlines()

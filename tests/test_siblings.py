@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import re
 
 from conftest import ROOT, TESTS, paper, tuned
 
@@ -70,20 +69,6 @@ def test_the_two_main_functions_differ_as_listed():
     """main.diff is the list of algorithmic differences in main; a fix goes into both scripts at once."""
     fix = "python tests/test_siblings.py > tests/main.diff"
     assert main_diff() == (TESTS / "main.diff").read_text(), f"if the change is meant: {fix}"
-
-
-def flags(script) -> dict[str, tuple[str, str]]:
-    """Type and words, but for where a default comes from, of each flag."""
-    field = r"^    (\w+): (.*?) = .*?  # (.*?)(?: \(.*)?$"
-    return {name: (kind, words) for name, kind, words in re.findall(field, definitions(script)["Args"], re.MULTILINE)}
-
-
-def test_shared_flags_have_the_same_type_place_and_words():
-    one, other = flags(tuned), flags(paper)
-    shared = [name for name in one if name in other]
-    moved = {"ou_theta", "ou_dt"}  # in the tuned script among the additions
-    assert [name for name in shared if name not in moved] == [name for name in other if name in one.keys() - moved]
-    assert {name for name in shared if one[name] != other[name]} == {"batch_size", "total_timesteps"}
 
 
 if __name__ == "__main__":
