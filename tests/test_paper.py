@@ -292,10 +292,8 @@ def final_return(name, up_to=math.inf):
 
 
 def test_the_docstrings_figures_are_those_of_the_committed_data():
-    cheetah, inverted = (
-        "paper/HalfCheetah-v5__ddpg_paper_faithful",
-        "InvertedPendulum-v5__ddpg_paper_faithful__batch-norm-actor",
-    )
+    cheetah = "paper/HalfCheetah-v5__ddpg_paper_faithful"
+    inverted = "InvertedPendulum-v5__ddpg_paper_faithful__batch-norm-actor"
     slow, fast = final_return(cheetah), final_return(f"{cheetah}__batch-norm-momentum-0.1")
     here = final_return(f"paper/{inverted}", up_to=100_000)
     slower_noise = final_return(f"paper_100k/{inverted}_ou-dt-0.01")

@@ -328,7 +328,7 @@ def test_a_number_that_is_not_finite_ends_the_run_where_it_arrives(script, bad, 
 
 
 @pytest.mark.parametrize("loss, when", [("actor_loss", 3), ("actor_loss", 10), ("critic_loss", 10)])
-def test_weights_that_become_nan_are_said_to_and_not_saved(script, loss, when, short, monkeypatch):
+def test_weights_that_become_nan_are_named_and_not_saved(script, loss, when, short, monkeypatch):
     """In a step that saves the losses show it, in another the next action."""
     original, calls = getattr(script.DDPG, loss), []
 
