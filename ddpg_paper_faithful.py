@@ -25,7 +25,8 @@ training, not up to 2.5M; a terminal state has no value, where Algorithm 1 would
 | fan-in at the action      | counts the action             | it is an input like the others                          |
 | pixels: kernel; action    | 3 x 3, stride 2; at layer two | 471,000 weights, near the paper's 430,000; as above     |
 
-The returns, each seed and what is undecided are in RESULTS.md.
+The returns on InvertedPendulum-v5 are with --batch-norm actor: the default does not learn it. Each seed and what is
+undecided are in RESULTS.md.
 
 | Algorithm 1                                                            | here                   |
 |------------------------------------------------------------------------|------------------------|
