@@ -501,7 +501,7 @@ def test_no_second_copy_of_the_buffer(tmp_path):
     ended = run(tmp_path, TUNED, flags, CHEAP + hook)
     words = ended.output.split()
     used, peak = (float(words[words.index(word) + 1]) for word in ("before:", "peak:"))
-    assert ended.code == 0 and 160 < used < peak < used + 30
+    assert ended.code == 0 and 160 < used and 160 < peak < used + 30  # saving may let go of pages, too
 
     hook = before("torch.utils.tensorboard.SummaryWriter.__init__", 1, PEAK + "print('loaded:', memory('RssAnon'))")
     ended = run(tmp_path, TUNED, "--resume runs/x --total-timesteps 8060", CHEAP + hook)
