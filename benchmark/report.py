@@ -300,6 +300,11 @@ def number(value: float, digits=1) -> str:
     return "" if math.isnan(value) else f"{value:z,.{digits}f}".replace("-", "−")
 
 
+def short(value: float) -> str:
+    """No decimals, where two digits are left without them."""
+    return number(value, 1 if abs(value) < 10 else 0)
+
+
 def mean_and_std(mean: float, std: float) -> str:
     digits = 0 if max(abs(mean), std) >= 1000 else 1
     return number(mean, digits) if math.isnan(std) else f"{number(mean, digits)} ± {number(std, digits)}"
@@ -329,9 +334,9 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
     columns = {
         "seeds": ("seed", counted),
         "final return": ("final_return", lambda returns: f"**{over_seeds(returns)}**"),
-        "each seed": ("final_return", lambda returns: ", ".join(number(value, 0) for value in returns)),
-        f"lowest of last {FINAL_EVALUATIONS}": ("lowest_evaluation", lambda lowest: number(lowest.min(), 0)),
-        f"highest of last {FINAL_EVALUATIONS}": ("highest_evaluation", lambda highest: number(highest.max(), 0)),
+        "each seed": ("final_return", lambda returns: ", ".join(map(short, returns))),
+        f"lowest of last {FINAL_EVALUATIONS}": ("lowest_evaluation", lambda lowest: short(lowest.min())),
+        f"highest of last {FINAL_EVALUATIONS}": ("highest_evaluation", lambda highest: short(highest.max())),
         "final evaluation": ("final_evaluation", over_seeds),
         "solved (seeds)": ("first_solved_at", lambda steps: f"{steps.count()} of {len(steps)}"),
         "first solved at step (median)": ("first_solved_at", lambda steps: number(steps.median(), 0)),
