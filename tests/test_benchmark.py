@@ -357,8 +357,8 @@ def test_columns_of_the_table(tmp_path):
     (row,) = table_rows(tmp_path, solved_above=90.0, training_return=True)
     assert row["steps"] == "60,000" and row["seeds"] == "4"
     assert row["final return"] == "**9.5 ± 3.7**"  # of 10.4, 11.3, 12.2 and 4
-    assert row["each seed"] == "10, 11, 12, 4"
-    assert (row["lowest of last 10"], row["highest of last 10"]) == ("1", "95")  # seed 1's, and that of three
+    assert row["each seed"] == "10, 11, 12, 4.0"
+    assert (row["lowest of last 10"], row["highest of last 10"]) == ("1.0", "95")  # seed 1's, and that of three
     assert row["final evaluation"] == "85.0 ± 12.9"
     assert row["solved (seeds)"] == "3 of 4"
     assert row["first solved at step (median)"] == "25,000"  # of 20,000, 25,000 and 50,000
