@@ -301,7 +301,7 @@ def number(value: float, digits=1) -> str:
 
 
 def short(value: float) -> str:
-    """No decimals, where two digits are left without them."""
+    """One decimal below ten, none above."""
     return number(value, 1 if abs(value) < 10 else 0)
 
 
