@@ -104,7 +104,7 @@ def read_steps(path: Path) -> pd.DataFrame:
 
 
 def read_log(path: Path) -> tuple[pd.DataFrame, float]:
-    """The Q estimates and the training return from a TensorBoard log."""
+    """The Q estimates, the share of saturated actions and the training return from a TensorBoard log."""
     log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
 
     def scalars(tag):
@@ -113,7 +113,8 @@ def read_log(path: Path) -> tuple[pd.DataFrame, float]:
 
     last = scalars("charts/episodic_return").tail(TRAINING_EPISODES)
     training_return = last.mean() if len(last) == TRAINING_EPISODES else math.nan
-    return pd.DataFrame({name: scalars(f"eval/{name}") for name in Q_COLUMNS}), training_return
+    by_step = {name: scalars(f"eval/{name}") for name in Q_COLUMNS}
+    return pd.DataFrame(by_step | {"saturated_actions": scalars("charts/saturated_actions")}), training_return
 
 
 def read_run(path: Path, args: Args, up_to: float) -> dict:
@@ -127,12 +128,14 @@ def read_run(path: Path, args: Args, up_to: float) -> dict:
     if flags.get("batch_norm") == "none":  # then its momentum, whatever it was, is no difference
         flags["batch_norm_momentum"] = defaults["batch_norm_momentum"]
     if (path / "q_estimates.csv").exists():  # of an exported run, which has no log
-        q_estimates, training_return = read_steps(path / "q_estimates.csv"), math.nan
+        logged, training_return = read_steps(path / "q_estimates.csv").assign(saturated_actions=math.nan), math.nan
+        if (path / "saturated_actions.csv").exists():
+            logged["saturated_actions"] = read_steps(path / "saturated_actions.csv")["saturated_actions"]
         if (path / "training_return.csv").exists():
             training_return = pd.read_csv(path / "training_return.csv")["mean"].iloc[0]
     else:
-        q_estimates, training_return = read_log(path)
-    evaluations = read_steps(path / "eval.csv").join(q_estimates)
+        logged, training_return = read_log(path)
+    evaluations = read_steps(path / "eval.csv").join(logged)
     evaluations = evaluations[evaluations.index <= up_to]
     learned = evaluations[evaluations.index > flags["learning_starts"]]
     if learned.empty:
@@ -154,6 +157,7 @@ def read_run(path: Path, args: Args, up_to: float) -> dict:
         "highest_evaluation": last.max(),
         "final_evaluation": (result.get("final_eval") or {}).get("mean", math.nan),
         "q_minus_discounted_return": q_error.tail(FINAL_EVALUATIONS).mean(),
+        "last_saturated_actions": learned["saturated_actions"].tail(FINAL_EVALUATIONS).mean(),
         "first_solved_at": returns.index[returns > args.solved_above].min(),  # NaN: never
         "training_return": training_return,
         **levels(flags, script.SCRIPT, returns),
@@ -342,6 +346,7 @@ def results_table(runs: pd.DataFrame, args: Args) -> str:
         "first solved at step (median)": ("first_solved_at", lambda steps: number(steps.median(), 0)),
         training_return: ("training_return", over_seeds),
         "Q − discounted return": ("q_minus_discounted_return", over_seeds),
+        "saturated actions (%)": ("last_saturated_actions", lambda shares: over_seeds(100 * shares)),
         "untrained": ("untrained", lambda returns: number(returns.mean())),
         "random": ("random", lambda returns: number(returns.mean())),
         "steps/s": ("steps_per_second", lambda speeds: number(speeds.median(skipna=False), 0)),
@@ -490,6 +495,9 @@ def export(runs: pd.DataFrame, folder: Path):
             q_estimates = run.evaluations[Q_COLUMNS].dropna()
             if len(q_estimates):  # none: the run's log is gone
                 q_estimates.to_csv(target / "q_estimates.csv", float_format="%.6g")
+            saturated = run.evaluations["saturated_actions"].dropna()
+            if len(saturated):
+                saturated.to_csv(target / "saturated_actions.csv", float_format="%.6g")
             training_return = f"episodes,mean\n{TRAINING_EPISODES},{run.training_return}\n"
             (target / "training_return.csv").write_text(training_return, encoding="utf-8")
             for name in ("args.json", "eval.csv", "result.json"):

@@ -239,10 +239,10 @@ def write_seeds(folder, env_id, finals, steps=1_000_000, **flags):
         write_run(folder, env_id, seed, [0] * (steps // 5000 - 10) + [final] * 10, **flags)
 
 
-def write_log(run_dir, q_estimates, discounted_returns, episodic_returns):
-    tags = "eval/q_estimate", "eval/discounted_return", "charts/episodic_return"
+def write_log(run_dir, *scalars):
+    tags = "eval/q_estimate", "eval/discounted_return", "charts/episodic_return", "charts/saturated_actions"
     with SummaryWriter(run_dir) as log:
-        for tag, values in zip(tags, (q_estimates, discounted_returns, episodic_returns), strict=True):
+        for tag, values in zip(tags, scalars, strict=False):
             for step, value in values:
                 log.add_scalar(tag, value, step)
 
@@ -518,7 +518,7 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     run_dir = write_run(tmp_path / "runs", "Hopper-v5", 1, range(0, 1000, 100))
     q, discounted = [(5000, 50.0), (10000, 100.0)], [(5000, 40.5), (10000, 40.5)]
     episodes = [(step, float(step)) for step in range(100)]
-    write_log(run_dir, q, discounted, episodes)
+    write_log(run_dir, q, discounted, episodes, [(5200, 1.0), (10000, 0.25)])  # of the steps in eval.csv, 10,000 alone
     data = tmp_path / "benchmark/results/short"
     exported = data / run_dir.name
     assert run_report(tmp_path / "runs", "--export", data).returncode == 0
@@ -527,8 +527,11 @@ def test_page_is_made_from_the_exported_data(tmp_path):
     assert (exported / "eval.csv").read_bytes() == (run_dir / "eval.csv").read_bytes()
     q_estimates = "global_step,q_estimate,discounted_return\n5000,50,40.5\n10000,100,40.5\n"
     assert (exported / "q_estimates.csv").read_text() == q_estimates
+    assert (exported / "saturated_actions.csv").read_text() == "global_step,saturated_actions\n10000,0.25\n"
     assert (exported / "training_return.csv").read_text() == "episodes,mean\n100,49.5\n"
-    assert table_rows(data, training_return=True) == table_rows(tmp_path / "runs", training_return=True)
+    (row,) = table_rows(data, training_return=True)
+    assert [row] == table_rows(tmp_path / "runs", training_return=True)
+    assert row["saturated actions (%)"] == "25.0"
 
     page, other = tmp_path / "README.md", tmp_path / "RESULTS.md"
     page.write_text("before\n<!-- results:short:begin -->\nold\n<!-- results:short:end -->\nafter\n")
